@@ -1,0 +1,185 @@
+"""What each stream of the UNIMO-2 pre-training learns from; every objective is one entry of a dictionary."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlblocks.losses import (
+    mask_codes,
+    masked_grounding_loss,
+    masked_rows,
+    masked_token_loss,
+    matching_loss,
+    mine_hard_negatives,
+    two_view_contrast,
+)
+from vlblocks.ops import rank_share, take_rows
+
+from .configs import ObjectiveConfig, RunConfig
+from .model import Unimo2
+
+
+class StreamLosses(NamedTuple):
+    """Unweighted losses of one stream's batch, each a scalar."""
+
+    losses: dict[str, Tensor]
+    image_picks: Tensor | None = None  # [B, K] codes that the images pick on their own
+    text_picks: Tensor | None = None  # [B, K] codes that the texts pick on their own
+
+
+class Lookup(NamedTuple):
+    """The grounded codes of a batch."""
+
+    codes: Tensor | None  # [B, G, D]; None without a codebook
+    indices: Tensor | None  # [B, G]
+    loss: Tensor | None
+    image_scores: Tensor | None = None  # [B, C] share of the images in the codes' scores
+    text_scores: Tensor | None = None  # [B, C] share of the texts
+
+
+def lookup(
+    model: Unimo2,
+    image: Tensor | None = None,
+    text: Tensor | None = None,
+    image_valid: Tensor | None = None,
+    text_valid: Tensor | None = None,
+) -> Lookup:
+    """Codes for pairs, images alone or texts alone, from tower states; a pair's scores are the sum of its parts'."""
+    grounded = model.grounded
+    if grounded is None:
+        return Lookup(None, None, None)
+    states, valid = model.states_to_ground(image, text, image_valid, text_valid)
+    if model.config.grounding.method == "nearest":
+        found = grounded(states, valid)
+        return Lookup(found.codes, found.indices, found.loss)
+    parts: list[Tensor | None] = [None, None]
+    start = 0
+    for side, tower in enumerate((image, text)):
+        if tower is not None:
+            piece = slice(start, start + tower.shape[1] - 1)
+            parts[side] = grounded.scores(states[:, piece], None if valid is None else valid[:, piece])
+            start = piece.stop
+    found = grounded(states, valid, scores=sum(part for part in parts if part is not None))
+    return Lookup(found.codes, found.indices, found.loss, parts[0], parts[1])
+
+
+def pair_losses(
+    model: Unimo2, batch: dict[str, Tensor], weights: ObjectiveConfig, generator: torch.Generator | None = None
+) -> StreamLosses:
+    """Aligned pairs: contrast, matching with hard negatives, masked tokens and the grounding loss (spec 23 to 27)."""
+    valid, ids = batch["valid"], batch["image_id"]
+    image = model.image(batch["image"])
+    text = model.text(batch["masked_tokens"], valid)
+    found = lookup(model, image, text, text_valid=valid)
+    joint = model.fuse(image=image, codes=found.codes, text=text, text_valid=valid)
+    losses: dict[str, Tensor] = {}
+    if weights.contrast or weights.matching:
+        image_features, text_features = model.contrast_features(image, text)
+    if weights.contrast:
+        losses["contrast"] = model.contrastive(image_features, text_features, image_ids=ids)
+    if weights.matching:
+        with torch.no_grad():
+            similarity = image_features @ text_features.T / model.temperature()
+            negatives = mine_hard_negatives(similarity, image_ids=ids, generator=generator)
+        rows = torch.arange(len(ids), device=ids.device)
+        image_rows, text_rows = (torch.cat(part) for part in ((rows, negatives[1]), (negatives[0], rows)))
+        codes = pair_codes(model, found, image.shape[1] - 1, image_rows, text_rows)
+        image, text = take_rows(image, image_rows), take_rows(text, text_rows)
+        wrong = model.fuse(image=image, codes=codes, text=text, text_valid=valid[text_rows])
+        logits = torch.cat([model.match_logits(joint), model.match_logits(wrong)])
+        labels = torch.cat([torch.ones_like(rows), torch.zeros_like(image_rows)])
+        real = torch.cat([torch.ones_like(negatives.found), negatives.found.repeat(2)])
+        losses["matching"] = matching_loss(logits, labels, weight=real)
+    if weights.masked_tokens:
+        losses["masked_tokens"] = _masked_tokens(model, joint.text, batch["labels"])
+    if weights.grounding and found.loss is not None:
+        losses["grounding"] = found.loss
+    return StreamLosses(losses, *_own_picks(model, found))
+
+
+def image_losses(
+    model: Unimo2, batch: dict[str, Tensor], weights: ObjectiveConfig, generator: torch.Generator | None = None
+) -> StreamLosses:
+    """Images alone: two views against the rest of the batch, grounding, masked grounding (spec 28)."""
+    image = model.image(batch["image"])
+    losses: dict[str, Tensor] = {}
+    if weights.two_views:
+        views = [model.contrast_features(view, None)[0] for view in (image, model.image(batch["image2"]))]
+        losses["two_views"] = two_view_contrast(*views, temperature=model.temperature())
+    found = lookup(model, image)
+    if weights.grounding and found.loss is not None:
+        losses["grounding"] = found.loss
+    if weights.masked_codes and found.codes is not None:
+        hidden = mask_codes(found.codes, found.indices, probability=weights.masked_code_share, generator=generator)
+        joint = model.fuse(image=image, codes=hidden.codes)
+        losses["masked_codes"] = masked_grounding_loss(joint.codes, hidden.labels, model.code_logits)
+    return StreamLosses(losses, *_own_picks(model, found))
+
+
+def text_losses(
+    model: Unimo2, batch: dict[str, Tensor], weights: ObjectiveConfig, generator: torch.Generator | None = None
+) -> StreamLosses:
+    """Texts alone: masked tokens read through the codes, grounding, masked grounding (spec 28)."""
+    valid = batch["valid"]
+    text = model.text(batch["masked_tokens"], valid)
+    found = lookup(model, text=text, text_valid=valid)
+    codes, hidden = found.codes, None
+    if weights.masked_codes and codes is not None:
+        hidden = mask_codes(codes, found.indices, probability=weights.masked_code_share, generator=generator)
+        codes = hidden.codes
+    joint = model.fuse(codes=codes, text=text, text_valid=valid)
+    losses: dict[str, Tensor] = {}
+    if weights.masked_tokens:
+        losses["masked_tokens"] = _masked_tokens(model, joint.text, batch["labels"])
+    if weights.grounding and found.loss is not None:
+        losses["grounding"] = found.loss
+    if hidden is not None:
+        losses["masked_codes"] = masked_grounding_loss(joint.codes, hidden.labels, model.code_logits)
+    return StreamLosses(losses, *_own_picks(model, found))
+
+
+def pair_codes(model: Unimo2, found: Lookup, patches: int, image_rows: Tensor, text_rows: Tensor) -> Tensor | None:
+    """Codes [M, G, D] of pairs made anew from the images and texts of a lookup; image_rows, text_rows [M]."""
+    if found.codes is None:
+        return None
+    if found.image_scores is not None and found.text_scores is not None:
+        return model.grounded.pick(found.image_scores[image_rows] + found.text_scores[text_rows])[0]
+    codes = take_rows(found.codes, image_rows)[:, :patches], take_rows(found.codes, text_rows)[:, patches:]
+    return torch.cat(codes, dim=1)
+
+
+def _masked_tokens(model: Unimo2, states: Tensor, labels: Tensor) -> Tensor:
+    masked = masked_rows(states, labels)
+    loss = masked_token_loss(model.token_logits(masked.rows), masked.labels)
+    return loss * rank_share(len(masked.labels), device=loss.device)
+
+
+def _own_picks(model: Unimo2, found: Lookup) -> tuple[Tensor | None, Tensor | None]:
+    scores = (found.image_scores, found.text_scores)
+    picks = [None if score is None else model.grounded.pick(score)[1] for score in scores]
+    return picks[0], picks[1]
+
+
+OBJECTIVES = {
+    "pairs": ("contrast", "matching", "masked_tokens", "grounding"),
+    "images": ("two_views", "grounding", "masked_codes"),
+    "texts": ("masked_tokens", "grounding", "masked_codes"),
+}
+
+
+def curve_names(config: RunConfig) -> list[str]:
+    """STREAM/OBJECTIVE of every loss that a run has."""
+    grounded = config.model.grounding.method != "none"
+    return [
+        f"{stream}/{name}"
+        for stream, objectives in OBJECTIVES.items()
+        if getattr(config.batch, stream)
+        for name in objectives
+        if getattr(config.objective, name) and (grounded or name not in ("grounding", "masked_codes"))
+    ]
+
+
+STREAMS = {"pairs": pair_losses, "images": image_losses, "texts": text_losses}

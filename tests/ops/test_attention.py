@@ -1,0 +1,389 @@
+import importlib
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlblocks.errors import UserError
+from vlblocks.ops.attention import BACKENDS, attention, default_backend
+from vlblocks.ops.segments import SegmentMask
+
+# By name: the package re-exports the function of the same name.
+attention_module = importlib.import_module("vlblocks.ops.attention")
+PAIRS = {"image": ["image", "codes"], "codes": ["image", "codes", "text"], "text": ["codes", "text"]}
+some_masks = settings(derandomize=True, deadline=None, max_examples=40)
+
+
+def make_qkv(batch, queries, keys, *, heads=2, width=4, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    # As a module makes them: [B, T, H, D] in memory.
+    shapes = (queries, keys, keys)
+    return [torch.randn(batch, t, heads, width, generator=generator, dtype=dtype).transpose(1, 2) for t in shapes]
+
+
+def for_mask(mask, **options):
+    return make_qkv(mask.batch or 2, mask.queries, mask.total, **options)
+
+
+def by_definition(q, k, v, dense, scale=None):
+    """Row by row, the softmax over the visible keys alone; zeros where there are none."""
+    out = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype)
+    dense = dense.expand(*q.shape[:3], k.shape[2])
+    for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
+        seen = dense[b, h, i]
+        if seen.any():
+            scores = (k[b, h, seen] @ q[b, h, i]) * (q.shape[3] ** -0.5 if scale is None else scale)
+            out[b, h, i] = scores.softmax(0) @ v[b, h, seen]
+    return out
+
+
+def run(qkv, autocast=False, **options):
+    """The output and the gradients of q, k, v for a fixed gradient of the output."""
+    leaves = [x.detach().clone().requires_grad_() for x in qkv]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        out = attention(*leaves, **options)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+    grads = torch.autograd.grad(out, leaves, weight, materialize_grads=True)
+    return out.detach(), *grads
+
+
+def assert_same(left, right, **tolerance):
+    for name, a, b in zip(("out", "dq", "dk", "dv"), left, right, strict=False):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+@some_masks
+@given(data=st.data())
+def test_reference_is_the_definition(data, segment_masks):
+    mask = data.draw(segment_masks())
+    q, k, v = for_mask(mask)
+    torch.testing.assert_close(attention(q, k, v, mask=mask, backend="reference"), by_definition(q, k, v, mask.dense()))
+
+
+@some_masks
+@given(data=st.data(), dtype=st.sampled_from((torch.float64, torch.float32)))
+def test_sdpa_is_the_reference_in_both_directions(data, dtype, segment_masks):
+    mask = data.draw(segment_masks())
+    qkv = for_mask(mask, dtype=dtype)
+    tolerance = dict(rtol=1e-10, atol=1e-10) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-5)
+    assert_same(run(qkv, mask=mask, backend="sdpa"), run(qkv, mask=mask, backend="reference"), **tolerance)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_without_reading_values_the_numbers_are_the_same(backend, segment_masks, monkeypatch):
+    """What runs on an accelerator, where looking at the padding would wait for the device."""
+    monkeypatch.setattr("vlblocks.ops.segments.is_free_to_read", lambda x: False)
+    monkeypatch.setattr("vlblocks.ops.stretches.is_free_to_read", lambda x: False)
+
+    @some_masks
+    @given(mask=segment_masks())
+    def check(mask):
+        qkv = for_mask(mask)
+        found = run(qkv, mask=mask, backend=backend)
+        torch.testing.assert_close(found[0], by_definition(*qkv, mask.dense()))
+        assert_same(found, run(qkv, mask=mask.dense(), backend="reference"))
+
+    check()
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@some_masks
+@given(data=st.data())
+def test_padding_changes_nothing(data, backend, segment_masks):
+    mask = data.draw(segment_masks(masked_rows=("zeros",)).filter(lambda mask: mask.valid_tokens() is not None))
+    clean = for_mask(mask)
+    keys, queries = mask.valid_tokens()[:, None, :, None], mask.valid_queries()[:, None, :, None]
+    dirty = [
+        torch.where(real, x, torch.tensor([float("nan"), float("inf"), -float("inf"), 1e300], dtype=x.dtype))
+        for x, real in zip(clean, (queries, keys, keys), strict=True)
+    ]
+    found = run(dirty, mask=mask, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(found, run(clean, mask=mask, backend=backend), strict=True))
+    out, *grads = found
+    blind = ~mask.dense().any(dim=-1)[..., None]
+    assert not out.masked_select(blind).any() and not grads[0].masked_select(blind).any()
+    for grad, real in zip(grads, (queries, keys, keys), strict=True):
+        assert grad.isfinite().all() and not grad.masked_select(~real).any()
+
+
+@some_masks
+@given(data=st.data())
+def test_last_queries_are_the_last_rows_of_the_whole(data, segment_masks):
+    mask = data.draw(segment_masks()).last_queries(0)
+    mask = mask.last_queries(mask.total)
+    n = data.draw(st.integers(0, mask.total))
+    q, k, v = for_mask(mask)
+    whole = attention(q, k, v, mask=mask, backend="sdpa")[:, :, mask.total - n :]
+    last = attention(q[:, :, mask.total - n :], k, v, mask=mask.last_queries(n), backend="sdpa")
+    torch.testing.assert_close(last, whole)
+
+
+def named_masks():
+    text = torch.arange(5) < torch.tensor([[5], [0], [2]])
+    sizes = {"image": 4, "codes": 3, "text": 5}
+    prefix = torch.tensor([0, 2, 9])
+    captioning = PAIRS | {"codes": ["image", "codes"], "text": ["image", "codes", "text"]}
+    return {
+        "pairs": SegmentMask.build(sizes, PAIRS, valid={"text": text}),
+        "pairs open": SegmentMask.build(sizes, PAIRS, valid={"text": text}, masked_rows="open"),
+        "captioning": SegmentMask.build(sizes, captioning, valid={"text": text}, causal="text", prefix=prefix),
+        "gap": SegmentMask.build(sizes, {"image": ["image", "text"], "text": ["image"]}, valid={"text": text}),
+        "tower": SegmentMask.single(length=6, valid=torch.rand(2, 6, generator=torch.Generator().manual_seed(0)) > 0.4),
+        "causal": SegmentMask.single(length=6, causal=True),
+    }
+
+
+@pytest.mark.parametrize("name", list(named_masks()))
+def test_flex_forward_is_the_reference(name):
+    mask = named_masks()[name]
+    q, k, v = for_mask(mask, dtype=torch.float32, width=16)
+    if mask.masked_rows == "zeros" and mask.valid_tokens() is not None:
+        v = v.masked_fill(~mask.valid_tokens()[:, None, :, None], float("nan"))
+    expected = attention(q, k, v, mask=mask, backend="reference", scale=0.3)
+    found = attention(q, k, v, mask=mask, backend="flex", scale=0.3)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        attention(q.requires_grad_(), k, v, mask=mask, backend="flex")
+
+
+def test_flex_without_a_mask():
+    q, k, v = make_qkv(2, 3, 5, dtype=torch.float32, width=16)
+    torch.testing.assert_close(attention(q, k, v, backend="flex"), attention(q, k, v, backend="reference"))
+
+
+def test_flex_serves_many_shapes():
+    for length in range(3, 16):
+        mask = SegmentMask.single(length=length, valid=torch.arange(length) < torch.tensor([[2], [length]]))
+        q, k, v = for_mask(mask, dtype=torch.float32, width=16)
+        expected = attention(q, k, v, mask=mask, backend="reference")
+        torch.testing.assert_close(attention(q, k, v, mask=mask, backend="flex"), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(named_masks()))
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_gradients_by_finite_differences(name, backend):
+    mask = named_masks()[name]
+    qkv = [x.requires_grad_() for x in for_mask(mask, heads=1, width=2)]
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, mask=mask, backend=backend), qkv)
+
+
+@pytest.mark.parametrize("name", list(named_masks()))
+def test_bf16_is_close_to_float64(name):
+    mask = named_masks()[name]
+    qkv = for_mask(mask, width=32)
+    exact = run(qkv, mask=mask, backend="reference")
+    for backend in ("reference", "sdpa"):
+        found = run([x.bfloat16() for x in qkv], mask=mask, backend=backend)
+        for a, b in zip(found, exact, strict=True):
+            assert a.dtype == torch.bfloat16
+            assert (a.double() - b).norm() <= 2e-2 * b.norm()
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_autocast_keeps_the_numbers(backend):
+    mask = named_masks()["pairs"]
+    qkv = for_mask(mask, width=32, dtype=torch.float32)
+    exact = run(qkv, mask=mask, backend="reference")
+    found = run(qkv, mask=mask, backend=backend, autocast=True)
+    assert_same(found, exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "flex"])
+def test_scale(backend):
+    q, k, v = make_qkv(2, 3, 5, width=16, dtype=torch.float32)
+    expected = by_definition(q, k, v, torch.ones(3, 5, dtype=torch.bool), scale=1.7)
+    torch.testing.assert_close(attention(q, k, v, scale=1.7, backend=backend), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1, 5), (1, 1, 4, 5), (4, 5), (3, 2, 4, 5), (5,), (2, 4, 1)])
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_explicit_mask(shape, backend):
+    allowed = torch.rand(shape, generator=torch.Generator().manual_seed(3)) > 0.5
+    allowed[(0,) * (len(shape) - 1)] = False
+    qkv = make_qkv(3, 4, 5)
+    found = run(qkv, mask=allowed, backend=backend)
+    torch.testing.assert_close(found[0], by_definition(*qkv, allowed))
+    assert_same(found, run(qkv, mask=allowed, backend="reference"))
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_explicit_key_padding_hides_what_is_padded(backend):
+    real = torch.arange(5) < torch.tensor([[5], [2], [0]])
+    q, k, v = make_qkv(3, 4, 5)
+    hidden = ~real[:, None, :, None]
+    dirty = q, k.masked_fill(hidden, float("nan")), v.masked_fill(hidden, float("inf"))
+    found = run(dirty, mask=real[:, None, None, :], backend=backend)
+    clean = run((q, k, v), mask=real[:, None, None, :], backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(found, clean, strict=True))
+    assert not found[0][2].any() and not found[1][2].any() and not found[3].masked_select(hidden).any()
+
+
+@pytest.fixture
+def sdpa_calls(monkeypatch):
+    """What reaches PyTorch's SDPA: (queries, keys, shape of the mask or None, is_causal)."""
+    calls = []
+    inner = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask=None, is_causal=False, **options):
+        calls.append((q.shape[2], k.shape[2], None if attn_mask is None else tuple(attn_mask.shape), is_causal))
+        return inner(q, k, v, attn_mask=attn_mask, is_causal=is_causal, **options)
+
+    monkeypatch.setattr(attention_module.F, "scaled_dot_product_attention", spy)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (SegmentMask.single(length=7), [(7, 7, None, False)]),
+        (SegmentMask.single(length=7, valid=torch.ones(2, 7, dtype=torch.bool)), [(7, 7, None, False)]),
+        (SegmentMask.single(length=7, causal=True), [(7, 7, None, True)]),
+        (SegmentMask.single(length=7, causal=True).last_queries(1), [(1, 7, None, False)]),
+        (
+            SegmentMask.build({"image": 4, "codes": 3, "text": 5}, PAIRS),
+            [(4, 7, None, False), (3, 12, None, False), (5, 8, None, False)],
+        ),
+        (
+            named_masks()["pairs"],
+            [(4, 7, None, False), (3, 12, (3, 1, 1, 12), False), (5, 8, (3, 1, 1, 8), False)],
+        ),
+        (named_masks()["captioning"], [(7, 7, None, False), (5, 12, (3, 1, 5, 12), False)]),
+        (SegmentMask.build({"a": 3, "b": 2}, {"a": ["a", "b"], "b": ["b", "a"]}), [(5, 5, None, False)]),
+        (SegmentMask.build({"a": 3, "b": 2}, {"a": ["b"], "b": ["a"]}), [(3, 2, None, False), (2, 3, None, False)]),
+    ],
+)
+def test_sdpa_makes_few_calls_and_small_masks(mask, expected, sdpa_calls):
+    attention(*for_mask(mask), mask=mask, backend="sdpa")
+    assert sdpa_calls == expected
+
+
+def test_joined_output_is_ready_for_the_projection():
+    mask = named_masks()["pairs"]
+    out = attention(*for_mask(mask), mask=mask, backend="sdpa")
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_dropout_drops_weights_and_keeps_their_mean(backend):
+    mask = SegmentMask.build({"a": 30, "b": 10}, {"a": ["a"], "b": ["a", "b"]})
+    q, k, v = make_qkv(2, 40, 40, heads=4)
+    v = torch.ones_like(v)
+    torch.manual_seed(0)
+    first = attention(q, k, v, mask=mask, dropout_p=0.5, backend=backend)
+    second = attention(q, k, v, mask=mask, dropout_p=0.5, backend=backend)
+    assert not torch.equal(first, second) and abs(first.mean().item() - 1) < 0.05
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_no_keys_and_no_queries(backend):
+    q, k, v = make_qkv(2, 3, 0)
+    assert torch.equal(attention(q, k, v, backend=backend), torch.zeros(2, 2, 3, 4, dtype=q.dtype))
+    q, k, v = make_qkv(2, 0, 3)
+    assert attention(q, k, v, backend=backend).shape == (2, 2, 0, 4)
+
+
+def test_second_derivatives_by_finite_differences():
+    mask = named_masks()["pairs"]
+    qkv = [x.requires_grad_() for x in for_mask(mask, heads=1, width=2)]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert torch.autograd.gradgradcheck(lambda q, k, v: attention(q, k, v, mask=mask, backend="sdpa"), qkv)
+
+
+@pytest.mark.parametrize("name", ["pairs", "pairs open", "captioning"])
+def test_compiles_without_a_break(name):
+    def call(q, k, v, valid):
+        built = SegmentMask.build(
+            dict(zip(mask.names, mask.lengths, strict=True)),
+            PAIRS,
+            valid={"text": valid},
+            causal=mask.causal,
+            prefix=mask.prefix,
+            masked_rows=mask.masked_rows,
+        )
+        return attention(q, k, v, mask=built, backend="sdpa")
+
+    mask = named_masks()[name]
+    qkv = for_mask(mask, dtype=torch.float32)
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    leaves = [[x.clone().requires_grad_() for x in qkv] for _ in range(2)]
+    outs = [function(*x, mask.valid[2]) for function, x in zip((call, compiled), leaves, strict=True)]
+    grads = [torch.autograd.grad(out.square().sum(), x) for out, x in zip(outs, leaves, strict=True)]
+    assert_same((outs[1], *grads[1]), (outs[0], *grads[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_auto_is_a_table():
+    assert default_backend("cpu") == default_backend("cuda") == default_backend("mps") == "sdpa"
+    q, k, v = make_qkv(2, 3, 5)
+    assert torch.equal(attention(q, k, v), attention(q, k, v, backend="sdpa"))
+
+
+def one_line(**options):
+    q, k, v = make_qkv(2, 3, 5, dtype=torch.float32, width=16)
+    q.requires_grad_(options.pop("grad", False))
+    with pytest.raises(UserError) as error:
+        attention(q, k, v, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_mistakes_are_named_in_one_line():
+    assert all(choice in one_line(backend="triton") for choice in BACKENDS)
+    assert "no gradient on a CPU" in one_line(backend="flex", grad=True)
+    assert "dropout_p=0" in one_line(backend="flex", dropout_p=0.1)
+    assert "takes a SegmentMask" in one_line(backend="flex", mask=torch.ones(3, 5, dtype=torch.bool))
+    assert "give torch.bool" in one_line(mask=torch.ones(3, 5))
+    assert "does not broadcast" in one_line(mask=torch.ones(4, 5, dtype=torch.bool))
+    assert "does not broadcast" in one_line(mask=torch.ones(1, 1, 1, 3, 5, dtype=torch.bool))
+    assert "5 queries and 5 keys" in one_line(mask=SegmentMask.single(length=5))
+    valid = torch.tensor([[True] * 5] * 3)
+    assert "batch 3 but q has 2" in one_line(mask=SegmentMask.single(length=5, valid=valid).last_queries(3))
+    with pytest.raises(UserError, match="do not fit"):
+        attention(*make_qkv(2, 3, 5)[:2], make_qkv(2, 3, 4)[2])
+    with pytest.raises(UserError, match="axes"):
+        attention(*(x[0] for x in make_qkv(2, 3, 5)))
+
+
+def test_xformers_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    monkeypatch.setitem(sys.modules, "xformers.ops", None)
+    assert "pip install 'vlblocks[xformers]'" in one_line(backend="xformers")
+
+
+def fake_xformers():
+    """xformers' documented contract: [B, T, H, D], an additive bias whose rows lie a multiple of 8 apart."""
+
+    class LowerTriangularMask:
+        pass
+
+    def memory_efficient_attention(q, k, v, *, attn_bias=None, p=0.0, scale=None):
+        assert q.shape[2:] == k.shape[2:]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        scores = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if isinstance(attn_bias, LowerTriangularMask):
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+        elif attn_bias is not None:
+            assert attn_bias.shape == scores.shape and attn_bias.dtype == q.dtype
+            assert attn_bias.stride(-1) == 1 and attn_bias.stride(-2) % 8 == 0
+            scores = scores + attn_bias
+        return (torch.dropout(scores.softmax(-1), p, True) @ v).transpose(1, 2)
+
+    return SimpleNamespace(
+        LowerTriangularMask=LowerTriangularMask, memory_efficient_attention=memory_efficient_attention
+    )
+
+
+def test_xformers_has_no_cpu_attention(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace(ops=fake_xformers()))
+    monkeypatch.setitem(sys.modules, "xformers.ops", fake_xformers())
+    assert "backend='sdpa'" in one_line(backend="xformers")
+
+
+@pytest.mark.parametrize("name", list(named_masks()))
+def test_xformers_gets_its_layout_and_bias(name, monkeypatch):
+    monkeypatch.setattr(attention_module, "_load_xformers", lambda q: fake_xformers())
+    mask = named_masks()[name]
+    qkv = for_mask(mask)
+    assert_same(run(qkv, mask=mask, backend="xformers", scale=0.4), run(qkv, mask=mask, backend="reference", scale=0.4))

@@ -1,0 +1,1 @@
+"""Composable vision-language pre-training blocks."""
