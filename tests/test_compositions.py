@@ -71,7 +71,7 @@ class Clip(nn.Module):
     def forward(self, batch):
         image = self.project_image(self.image(batch["image"])[:, 0])
         text = self.project_text(self.text(batch["tokens"], batch["valid"])[:, 0])
-        return self.contrast(image, text)
+        return {"contrast": self.contrast(image, text)}
 
 
 class Albef(nn.Module):
@@ -104,7 +104,8 @@ class Albef(nn.Module):
         text_mask = valid[texts][:, None, None]
         fused = self.fusion(text[texts], mask=text_mask, context=image[images])
         logits = self.match(fused[:, 0])
-        return contrast + queue_loss + matching_loss(logits, (texts == images).long())
+        matching = matching_loss(logits, (texts == images).long())
+        return {"contrast": contrast, "matching": matching, "queue": queue_loss}
 
 
 class Vilt(nn.Module):
@@ -132,7 +133,7 @@ class Vilt(nn.Module):
         labels = torch.arange(len(texts)) < len(text)
         rows, targets, _ = masked_rows(joint.text[: len(text)], batch["labels"])
         words = masked_token_loss(self.words(rows, self.text.word.weight), targets)
-        return matching_loss(self.match(joint.text[:, 0]), labels.long()) + words
+        return {"matching": matching_loss(self.match(joint.text[:, 0]), labels.long()), "words": words}
 
 
 class Unimo2(nn.Module):
@@ -151,7 +152,7 @@ class Unimo2(nn.Module):
         towers, valid = self.towers, batch["valid"]
         image, text = towers.image(batch["image"]), towers.text(batch["masked"], valid)
         features = towers.project_image(image[:, 0]), towers.project_text(text[:, 0])
-        loss = towers.contrast(*features)
+        losses = {"contrast": towers.contrast(*features)}
         images, texts = torch.cat([image, image.roll(1, 0)]), text.repeat(2, 1, 1)
         valid = valid.repeat(2, 1)
         real = torch.cat([torch.ones(images.shape[:2], dtype=torch.bool)[:, 1:], valid[:, 1:]], dim=1)
@@ -159,10 +160,14 @@ class Unimo2(nn.Module):
         mask = fusion.bottleneck(image=images.shape[1], codes=8, text=texts.shape[1], text_valid=valid)
         joint = self.joint(mask=mask, image=images, codes=found.codes, text=texts)
         labels = torch.arange(len(texts)) < len(text)
-        loss = loss + matching_loss(self.match(joint.text[:, 0], joint.image[:, 0]), labels.long())
+        losses["matching"] = matching_loss(self.match(joint.text[:, 0], joint.image[:, 0]), labels.long())
         rows, targets, _ = masked_rows(joint.text[: len(text)], batch["labels"])
-        words = masked_token_loss(self.words(rows, towers.text.embed.word.weight), targets)
-        return loss + words + found.loss
+        losses["words"] = masked_token_loss(self.words(rows, towers.text.embed.word.weight), targets)
+        return losses | {"grounding": found.loss}
+
+
+# These cannot vanish: a few codes do not equal all states, and the queue holds older copies of the batch's own texts.
+FLOORED = ("grounding", "queue")
 
 
 @pytest.mark.parametrize("design", [Clip, Albef, Vilt, Unimo2])
@@ -171,15 +176,17 @@ def test_overfits_one_batch(design, batch):
     model = design()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0)
     model.train()
-    first = float(model(batch))
-    for _ in range(120):
+    first = {name: loss.item() for name, loss in model(batch).items()}
+    for _ in range(250):
         optimizer.zero_grad()
-        loss = model(batch)
-        loss.backward()
+        losses = model(batch)
+        sum(losses.values()).backward()
         optimizer.step()
         if design is Albef:
             model.momentum.update()
-    assert float(loss) < 0.15 * first, f"{first:.3f} -> {float(loss):.3f}"
+    for name, loss in losses.items():
+        limit = first[name] if name in FLOORED else 0.15 * first[name]
+        assert loss.item() < limit, f"{name}: {first[name]:.3f} -> {loss.item():.3f}"
 
 
 @pytest.mark.parametrize("design", [Clip, Albef, Vilt, Unimo2])

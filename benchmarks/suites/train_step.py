@@ -24,7 +24,7 @@ from vlblocks_recipes.unimo2.configs import PRESETS, GroundingConfig, ModelConfi
 from vlblocks_recipes.unimo2.model import Unimo2
 from vlblocks_recipes.unimo2.objectives import STREAMS
 
-OBJECTIVES = ObjectiveConfig()
+OBJECTIVES = ObjectiveConfig(whole_text=False)
 
 
 def configs() -> dict[str, ModelConfig]:
@@ -74,7 +74,8 @@ def make_batch(config: ModelConfig, size: int, length: int = 32, seed: int = 0) 
 
 def our_losses(model: Unimo2, batch: dict, stream: str, weights: ObjectiveConfig = OBJECTIVES) -> dict[str, Tensor]:
     """Unweighted losses of one stream, as the recipe computes them."""
-    return STREAMS[stream](model, batch[stream], weights, torch.Generator().manual_seed(0)).losses
+    generator = torch.Generator(model.image.cls.device).manual_seed(0)
+    return STREAMS[stream](model, batch[stream], weights, generator).losses
 
 
 def our_step(model: Unimo2, batch: dict[str, dict[str, Tensor]]) -> None:
@@ -89,14 +90,14 @@ def original_losses(
 ) -> dict[str, dict[str, Tensor]]:
     """The same losses from one padded batch; the model should have backend="reference"."""
     pairs, images, texts = batch["pairs"], batch["images"], batch["texts"]
-    size = len(pairs["image"])
+    size, device = len(pairs["image"]), pairs["image"].device
     streams = {name: slice(i * size, (i + 1) * size) for i, name in enumerate(("pairs", "images", "texts"))}
     pixels = torch.cat([pairs["image"], images["image"], torch.zeros_like(pairs["image"])])
     blank = torch.ones_like(pairs["tokens"])
     tokens = torch.cat([pairs["masked_tokens"], blank, texts["masked_tokens"]])
     text_valid = torch.cat([pairs["valid"], torch.zeros_like(pairs["valid"]), texts["valid"]])
     states = 1 + model.image.grid[0] * model.image.grid[1]
-    image_valid = torch.ones(3 * size, states, dtype=torch.bool)
+    image_valid = torch.ones(3 * size, states, dtype=torch.bool, device=device)
     image_valid[streams["texts"]] = False
 
     image = model.image(pixels, image_valid)
@@ -105,14 +106,14 @@ def original_losses(
     joint = dense_joint(model, image, found, text, image_valid, text_valid)
 
     losses: dict[str, dict[str, Tensor]] = {name: {} for name in streams}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     own = streams["pairs"]
-    features = model.contrast_features(image[own], text[own])
+    features = model.features("image", image[own]), model.features("text", text[own], text_valid[own])
     losses["pairs"]["contrast"] = model.contrastive(*features, image_ids=pairs["image_id"])
     with torch.no_grad():
         similarity = features[0] @ features[1].T / model.temperature()
         negatives = mine_hard_negatives(similarity, image_ids=pairs["image_id"], generator=generator)
-    rows = torch.arange(size)
+    rows = torch.arange(size, device=device)
     wrong_image = image[own][torch.cat([rows, negatives.image_for_text])]
     text_rows = torch.cat([negatives.text_for_image, rows])
     wrong_text, wrong_valid = text[own][text_rows], text_valid[own][text_rows]
@@ -121,12 +122,12 @@ def original_losses(
     wrong = dense_joint(model, wrong_image, codes, wrong_text, seen, wrong_valid)
     true = type(joint)(*(part[own] for part in joint))
     logits = torch.cat([model.match_logits(true), model.match_logits(wrong)])
-    losses["pairs"]["matching"] = matching_loss(logits, (torch.arange(3 * size) < size).long())
+    losses["pairs"]["matching"] = matching_loss(logits, (torch.arange(3 * size, device=device) < size).long())
     for name, labels in (("pairs", pairs["labels"]), ("texts", texts["labels"])):
         masked = masked_rows(joint.text[streams[name]], labels)
         losses[name]["masked_tokens"] = masked_token_loss(model.token_logits(masked.rows), masked.labels)
-    other, _ = model.contrast_features(model.image(images["image2"]), None)
-    first, _ = model.contrast_features(image[streams["images"]], None)
+    other = model.features("image", model.image(images["image2"]))
+    first = model.features("image", image[streams["images"]])
     losses["images"]["two_views"] = two_view_contrast(first, other, temperature=model.temperature())
     for name in streams:
         losses[name]["grounding"] = code_losses[name]
@@ -171,25 +172,31 @@ def one_hot_lookup(model, image, text, image_valid, text_valid, streams) -> tupl
 WAYS = {"vlblocks": our_step, "the original's way": original_step}
 
 
-def build(name: str, size: int, way: str) -> Any:
+def build(name: str, size: int, way: str, device: str = "cpu") -> Any:
     """Model and inputs of one measurement -> the step, without arguments."""
     config = configs()[name]
     if WAYS[way] is original_step:
         config = replace(config, backend="reference")
     torch.manual_seed(0)
-    model, batch = Unimo2(config).train(), make_batch(config, size)
+    model = Unimo2(config).train().to(device)
+    batch = {
+        stream: {key: value.to(device) for key, value in part.items()}
+        for stream, part in make_batch(config, size).items()
+    }
     return lambda: WAYS[way](model, batch)
 
 
 def rows(device: str, quick: bool) -> list[Row]:
     """One row per model and way; memory in fresh processes, time alternating in this one."""
-    del device  # inputs and models of this suite live on the CPU
     found = []
     for name, size in (("tiny", 8 if quick else 64), ("384x6", 2 if quick else 16)):
-        steps = {way: build(name, size, way) for way in WAYS}
-        timings = time_alternating(steps, min_seconds=1.0 if quick else 20.0, min_runs=2 if quick else 5, warmup=1)
+        steps = {way: build(name, size, way, device) for way in WAYS}
+        timings = time_alternating(
+            steps, min_seconds=1.0 if quick else 20.0, min_runs=2 if quick else 5, warmup=1, device=device
+        )
         for way in WAYS:
-            memory = peak_memory("suites/train_step.py:build", {"name": name, "size": size, "way": way})
+            options = {"name": name, "size": size, "way": way, "device": device}
+            memory = peak_memory("suites/train_step.py:build", options, device=device)
             timing = timings[way]
             found.append(
                 Row(

@@ -38,6 +38,8 @@ class GroundingConfig:
 
 @dataclass(frozen=True)
 class ContrastConfig:
+    pool: Literal["cls", "mean"] = "cls"
+    """What stands for an image or a text: its CLS state (the paper), or the mean of its states, quicker when small."""
     width: int | None = 256
     """Width of the projections of both CLS states; None contrasts the states themselves."""
     activation: Literal["relu"] | None = None
@@ -59,7 +61,7 @@ class ModelConfig:
     patch_padding: int = 0
     """Zero padding of the patch convolution; the original uses (patch - 1) // 2."""
     vocab: int = 50265
-    """Overwritten by the tokenizer's size when one is trained."""
+    """Overwritten by the tokenizer's size."""
     positions: int = 514
     grounding: GroundingConfig = GroundingConfig()
     contrast: ContrastConfig = ContrastConfig()
@@ -103,6 +105,10 @@ class ObjectiveConfig:
     grounding: float = 1.0
     masked_codes: float = 0.0
     two_views: float = 1.0
+    whole_text: bool = True
+    """Contrast and matching read the text as it is written; False: the masked copy serves all, as in the original."""
+    fused_share: float = 1.0
+    """Share of a batch's pairs that the joint tower sees (matching, masked tokens, grounding); contrast takes all."""
     masked_code_share: float = 0.15
     """Share of the picked codes that masked grounding hides."""
 
@@ -111,8 +117,10 @@ class ObjectiveConfig:
 class DataConfig:
     root: Path | None = None
     """Folder with a Karpathy JSON and its images; None: the embedded corpus."""
+    scenes: int = 12000
+    """Captioned scenes of the embedded corpus."""
     tokenizer: Path | None = None
-    """tokenizer.json, or a folder with GPT-2 / RoBERTa BPE files; None: trained on the captions."""
+    """tokenizer.json, or a folder with GPT-2 / RoBERTa BPE files; None: that of --init, or trained on the captions."""
     vocab: int = 2000
     """Size of a tokenizer trained here."""
     max_text: int = 64
@@ -164,16 +172,20 @@ class RunConfig:
     """UNIMO-2 pre-training: pairs, images alone and texts alone, bridged by a grounded codebook."""
 
     preset: str = "tiny"
+    """tiny, flickr8k, base or large: what all other settings start from."""
     task: Literal["pretrain"] = "pretrain"
     out: Path | None = None
     """Folder of the run; the same folder resumes. Default: runs/unimo2-PRESET."""
     restart: bool = False
     """Delete what the folder holds of an earlier run and begin anew."""
     init: Path | None = None
-    """A finished run's folder, or its model.safetensors, whose weights to start from."""
+    """A finished run's folder, or its model.safetensors, to start from: its weights and its tokenizer."""
     max_steps: int = 1000
+    """Optimiser steps of the whole run."""
     checkpoint_every: int = 200
+    """Steps from one checkpoint to the next."""
     keep_checkpoints: int = 3
+    """How many of the last checkpoints stay."""
     seed: int = 1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the hardware has it, else fp32."""
@@ -187,15 +199,20 @@ class RunConfig:
 
     def check(self) -> None:
         """Raises UserError for settings that do not fit together, naming the field."""
-        self.model.check()
         least = {"max_steps": 1, "checkpoint_every": 1, "keep_checkpoints": 1, "batch.accumulate": 1}
+        least |= {"seed": 0, "data.workers": 0, "model.width": 1, "model.patch_size": 1}
         for name, low in least.items():
             section, _, field_name = name.rpartition(".")
             value = getattr(getattr(self, section) if section else self, field_name)
             if value < low:
                 raise UserError(f"--{name.replace('_', '-')}: {value} is less than {low}; give at least {low}")
+        self.model.check()
         if not 0 < self.data.pair_share <= 1:
             raise UserError(f"--data.pair-share: {self.data.pair_share} is no share; give a number in (0, 1]")
+        if not 0 < self.objective.fused_share <= 1:
+            raise UserError(
+                f"--objective.fused-share: {self.objective.fused_share} is no share; give a number in (0, 1]"
+            )
         if self.data.max_text > self.model.positions - 2:
             raise UserError(
                 f"--data.max-text: {self.data.max_text} tokens need model.positions {self.data.max_text + 2}, "
@@ -210,43 +227,43 @@ def _tower(layers: int, heads: int, hidden: int, dropout: float = 0.0) -> TowerC
 PRESETS: dict[str, RunConfig] = {
     "tiny": RunConfig(
         preset="tiny",
-        max_steps=1000,
-        checkpoint_every=250,
+        max_steps=420,
+        checkpoint_every=105,
         model=ModelConfig(
             width=128,
             image=_tower(3, 4, 256),
             text=_tower(2, 4, 256),
             joint=_tower(2, 4, 256),
-            image_size=64,
-            patch_size=16,
-            vocab=400,
+            image_size=48,
+            patch_size=8,
             positions=66,
             grounding=GroundingConfig(codes=256, picks=16),
-            contrast=ContrastConfig(width=128),
+            contrast=ContrastConfig(pool="mean", width=128),
         ),
         data=DataConfig(vocab=400, max_text=64),
-        batch=BatchConfig(pairs=64, images=32, texts=32),
-        optim=OptimConfig(lr=1e-3, weight_decay=0.05),
+        batch=BatchConfig(pairs=128, images=24, texts=24),
+        objective=ObjectiveConfig(fused_share=0.125),
+        optim=OptimConfig(lr=2e-3, weight_decay=0.05),
     ),
     "flickr8k": RunConfig(
         preset="flickr8k",
-        max_steps=2000,
-        checkpoint_every=500,
+        max_steps=600,
+        checkpoint_every=150,
         model=ModelConfig(
-            width=256,
-            image=_tower(4, 4, 1024),
-            text=_tower(3, 4, 1024),
-            joint=_tower(2, 4, 1024, dropout=0.1),
+            width=192,
+            image=_tower(3, 4, 768),
+            text=_tower(2, 4, 768),
+            joint=_tower(2, 4, 768),
             image_size=128,
             patch_size=16,
-            vocab=4000,
             positions=66,
             grounding=GroundingConfig(codes=512, picks=16),
-            contrast=ContrastConfig(width=256),
+            contrast=ContrastConfig(pool="mean", width=192),
         ),
         data=DataConfig(vocab=4000, max_text=48, flip=True, min_crop=0.5),
-        batch=BatchConfig(pairs=64, images=32, texts=32),
-        optim=OptimConfig(lr=5e-4, weight_decay=0.05),
+        batch=BatchConfig(pairs=96, images=24, texts=24),
+        objective=ObjectiveConfig(fused_share=0.125),
+        optim=OptimConfig(lr=1e-3, weight_decay=0.05),
     ),
     "base": RunConfig(
         preset="base", max_steps=500_000, checkpoint_every=5000, objective=ObjectiveConfig(masked_codes=1.0)

@@ -50,14 +50,17 @@ class Sources(NamedTuple):
 class Corpus:
     """Everything a run reads. The main process trains and saves the tokenizer; the others load it.
 
+    Args:
+        resume: the run has begun, so the tokenizer in its folder is its own; otherwise one there is replaced.
+
     Raises:
         UserError: naming the file, folder or field that is wrong.
     """
 
-    def __init__(self, config: RunConfig, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, config: RunConfig, *, resume: bool = False, rank: int = 0, world_size: int = 1) -> None:
         self.config, self.bad = config, BadData(share=config.data.max_bad_share)
         self.sources = _training_sources(config, self.bad)
-        self.tokenizer = self._tokenizer(config.out / "tokenizer.json")
+        self.tokenizer = self._tokenizer(config.out / "tokenizer.json", resume)
         data, batch = config.data, config.batch
         size, seed = config.model.image_size, config.seed
         crop = (data.min_crop, 1.0)
@@ -87,9 +90,9 @@ class Corpus:
         gallery = heldout_pairs(self.config, self.bad)
         return EvalPairs(gallery, self.tokenizer, self.config.model.image_size, self.config.data.max_text)
 
-    def _tokenizer(self, path: Path) -> Tokenizer:
-        given = self.config.data.tokenizer
-        if is_main() and not path.exists():
+    def _tokenizer(self, path: Path, resume: bool) -> Tokenizer:
+        given = self.config.data.tokenizer or _initial_tokenizer(self.config.init)
+        if is_main() and not (resume and path.exists()):
             if given is None:
                 # Sentences that open with a capital would otherwise have tokens of their own.
                 texts = [caption for captions in self.sources.pairs.captions for caption in captions]
@@ -132,12 +135,20 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return load_roberta_bpe(path) if (path / "encoder.json").exists() else load_hf_bpe(path)
 
 
+def _initial_tokenizer(init: Path | None) -> Path | None:
+    """The tokenizer that the weights of `init` were trained with, if it is there: their word embeddings need it."""
+    if init is None:
+        return None
+    path = (init if init.is_dir() else init.parent) / "tokenizer.json"
+    return path if path.is_file() else None
+
+
 def heldout_pairs(config: RunConfig, bad: BadData) -> Gallery:
     """What a run evaluates on: the validation split, or the embedded corpus's scenes of unseen combinations."""
     size = config.model.image_size
     if config.data.root is None:
         # One sentence tells a scene whole: with five, finding one of them would be five times as easy.
-        return SceneCorpus(image_size=size).test.gallery(captions_per_image=1)
+        return SceneCorpus(pairs=config.data.scenes, image_size=size).test.gallery(captions_per_image=1)
     json, folder = locate(config.data.root)
     return read_karpathy(json, folder, split="val", bad=bad, resolution=size).gallery(bad=bad)
 
@@ -146,7 +157,7 @@ def _training_sources(config: RunConfig, bad: BadData) -> Sources:
     data, size = config.data, config.model.image_size
     if data.root is None:
         # The corpus is the same for every seed of the training, so that seeds differ in the training alone.
-        scenes = SceneCorpus(image_size=size)
+        scenes = SceneCorpus(pairs=data.scenes, image_size=size)
         pairs, images, texts = scenes.pairs, scenes.images, scenes.texts
     else:
         json, folder = locate(data.root)

@@ -80,7 +80,7 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = default_mixed_precision(device) if config.precision == "auto" else config.precision
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16 if device == "cuda" else None}.get(precision)
 
     def autocast():
         return nullcontext() if dtype is None else torch.autocast(device, dtype)

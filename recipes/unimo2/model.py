@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from vlblocks.losses import InfoNCE, clip_temperature
 from vlblocks.models import ImageTower, JointStates, JointTower, TextTower
 from vlblocks.nn import (
+    ClsPool,
     GroundedSpace,
     MaskedTokenHead,
     MatchingHead,
+    MeanPool,
     PatchEmbed,
     Projection,
     TextEmbed,
@@ -90,9 +94,10 @@ class Unimo2(nn.Module):
         self.ground_image = dense("relu", True) if project else nn.Identity()
         self.ground_text = dense("relu", True) if project else nn.Identity()
 
-        own = c.width is not None and not c.share_grounding
-        self.contrast_image = dense(c.activation, True, c.width) if own else None
-        self.contrast_text = dense(c.activation, True, c.width) if own else None
+        self.contrast_pool = MeanPool() if c.pool == "mean" else ClsPool()
+        if c.width is not None and not c.share_grounding:
+            self.contrast_image = dense(c.activation, True, c.width)
+            self.contrast_text = dense(c.activation, True, c.width)
         self.contrastive = InfoNCE(temperature=c.temperature)
         self.image_pool, self.text_pool = dense("relu", False), dense("relu", False)
         self.matching = MatchingHead(width=width)
@@ -140,22 +145,14 @@ class Unimo2(nn.Module):
             positions = self.text.embed.positions(codes.shape[1])
         return self.joint(mask=mask, image=image, codes=codes, text=text, code_positions=positions)
 
-    def contrast_features(self, image: Tensor | None, text: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Features [B, F] for the contrastive score from tower states [B, V, D] and [B, T, D]."""
-        c = self.config.contrast
-        shared = c.share_grounding
-        heads = (self.ground_image, self.ground_text) if shared else (self.contrast_image, self.contrast_text)
-        features = []
-        for side, states, head in (("image", image, heads[0]), ("text", text, heads[1])):
-            if states is None:
-                features.append(None)
-            elif head is not None:
-                features.append(head(states[:, 0]))
-            elif c.normalize == "both" or c.normalize == side:
-                features.append(nn.functional.normalize(states[:, 0], dim=-1))
-            else:
-                features.append(states[:, 0])
-        return features[0], features[1]
+    def features(self, side: Literal["image", "text"], states: Tensor, valid: Tensor | None = None) -> Tensor:
+        """What a side is contrasted by, [B, F], from its tower's states [B, N, D] and their validity [B, N]."""
+        pooled, c = self.contrast_pool(states, valid), self.config.contrast
+        if c.share_grounding:
+            return getattr(self, f"ground_{side}")(pooled)
+        if c.width is not None:
+            return getattr(self, f"contrast_{side}")(pooled)
+        return nn.functional.normalize(pooled, dim=-1) if c.normalize in ("both", side) else pooled
 
     def temperature(self) -> Tensor:
         """The contrastive temperature [1], within its range."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vlblocks.losses import (
+    HardNegatives,
     mask_codes,
     masked_grounding_loss,
     masked_rows,
@@ -16,6 +18,7 @@ from vlblocks.losses import (
     mine_hard_negatives,
     two_view_contrast,
 )
+from vlblocks.models import JointStates
 from vlblocks.ops import rank_share, take_rows
 
 from .configs import ObjectiveConfig, RunConfig
@@ -46,6 +49,8 @@ def lookup(
     text: Tensor | None = None,
     image_valid: Tensor | None = None,
     text_valid: Tensor | None = None,
+    *,
+    with_loss: bool = True,
 ) -> Lookup:
     """Codes for pairs, images alone or texts alone, from tower states; a pair's scores are the sum of its parts'."""
     grounded = model.grounded
@@ -53,7 +58,7 @@ def lookup(
         return Lookup(None, None, None)
     states, valid = model.states_to_ground(image, text, image_valid, text_valid)
     if model.config.grounding.method == "nearest":
-        found = grounded(states, valid)
+        found = grounded(states, valid, with_loss=with_loss)
         return Lookup(found.codes, found.indices, found.loss)
     parts: list[Tensor | None] = [None, None]
     start = 0
@@ -62,7 +67,8 @@ def lookup(
             piece = slice(start, start + tower.shape[1] - 1)
             parts[side] = grounded.scores(states[:, piece], None if valid is None else valid[:, piece])
             start = piece.stop
-    found = grounded(states, valid, scores=sum(part for part in parts if part is not None))
+    scores = sum(part for part in parts if part is not None)
+    found = grounded(states, valid, scores=scores, with_loss=with_loss)
     return Lookup(found.codes, found.indices, found.loss, parts[0], parts[1])
 
 
@@ -72,32 +78,65 @@ def pair_losses(
     """Aligned pairs: contrast, matching with hard negatives, masked tokens and the grounding loss (spec 23 to 27)."""
     valid, ids = batch["valid"], batch["image_id"]
     image = model.image(batch["image"])
-    text = model.text(batch["masked_tokens"], valid)
-    found = lookup(model, image, text, text_valid=valid)
-    joint = model.fuse(image=image, codes=found.codes, text=text, text_valid=valid)
+    text = model.text(batch["tokens" if weights.whole_text else "masked_tokens"], valid)
     losses: dict[str, Tensor] = {}
     if weights.contrast or weights.matching:
-        image_features, text_features = model.contrast_features(image, text)
+        features = model.features("image", image), model.features("text", text, valid)
     if weights.contrast:
-        losses["contrast"] = model.contrastive(image_features, text_features, image_ids=ids)
+        losses["contrast"] = model.contrastive(*features, image_ids=ids)
+    rows = torch.arange(math.ceil(weights.fused_share * len(ids)), device=ids.device)
+    fused = None if weights.whole_text else _fuse_found(model, image, text, valid, rows)
     if weights.matching:
         with torch.no_grad():
-            similarity = image_features @ text_features.T / model.temperature()
+            similarity = features[0] @ features[1].T / model.temperature()
             negatives = mine_hard_negatives(similarity, image_ids=ids, generator=generator)
-        rows = torch.arange(len(ids), device=ids.device)
-        image_rows, text_rows = (torch.cat(part) for part in ((rows, negatives[1]), (negatives[0], rows)))
-        codes = pair_codes(model, found, image.shape[1] - 1, image_rows, text_rows)
-        image, text = take_rows(image, image_rows), take_rows(text, text_rows)
-        wrong = model.fuse(image=image, codes=codes, text=text, text_valid=valid[text_rows])
-        logits = torch.cat([model.match_logits(joint), model.match_logits(wrong)])
-        labels = torch.cat([torch.ones_like(rows), torch.zeros_like(image_rows)])
-        real = torch.cat([torch.ones_like(negatives.found), negatives.found.repeat(2)])
-        losses["matching"] = matching_loss(logits, labels, weight=real)
+        true = None if fused is None else fused[1]
+        losses["matching"] = _matching(model, image, text, valid, negatives, rows, true)
+    if fused is None:
+        masked = model.text(batch["masked_tokens"][: len(rows)], valid[: len(rows)])
+        fused = _fuse_found(model, image, masked, valid, rows)
+    found, joint = fused
     if weights.masked_tokens:
-        losses["masked_tokens"] = _masked_tokens(model, joint.text, batch["labels"])
+        losses["masked_tokens"] = _masked_tokens(model, joint.text, batch["labels"][: len(rows)])
     if weights.grounding and found.loss is not None:
         losses["grounding"] = found.loss
     return StreamLosses(losses, *_own_picks(model, found))
+
+
+def _fuse_found(model: Unimo2, image: Tensor, text: Tensor, valid: Tensor, rows: Tensor) -> tuple[Lookup, JointStates]:
+    """The lookup and the joint states of the first rows' true pairs."""
+    image, text, valid = image[: len(rows)], text[: len(rows)], valid[: len(rows)]
+    found = lookup(model, image, text, text_valid=valid)
+    return found, model.fuse(image=image, codes=found.codes, text=text, text_valid=valid)
+
+
+def _matching(
+    model: Unimo2,
+    image: Tensor,
+    text: Tensor,
+    valid: Tensor,
+    negatives: HardNegatives,
+    rows: Tensor,
+    true: JointStates | None,
+) -> Tensor:
+    """True pairs (joint states given, or made here), each beside a wrong text and a wrong image, looked up anew."""
+    image_rows = torch.cat([rows, negatives.image_for_text[rows]])
+    text_rows = torch.cat([negatives.text_for_image[rows], rows])
+    if true is None:
+        image_rows, text_rows = torch.cat([rows, image_rows]), torch.cat([rows, text_rows])
+    found = lookup(model, image, text, text_valid=valid, with_loss=False)
+    joint = model.fuse(
+        image=take_rows(image, image_rows),
+        codes=pair_codes(model, found, image.shape[1] - 1, image_rows, text_rows),
+        text=take_rows(text, text_rows),
+        text_valid=valid[text_rows],
+    )
+    logits = model.match_logits(joint)
+    if true is not None:
+        logits = torch.cat([model.match_logits(true), logits])
+    real = torch.cat([torch.ones_like(negatives.found[rows]), negatives.found[rows].repeat(2)])
+    labels = (torch.arange(len(logits), device=image.device) < len(rows)).long()
+    return matching_loss(logits, labels, weight=real)
 
 
 def image_losses(
@@ -107,7 +146,7 @@ def image_losses(
     image = model.image(batch["image"])
     losses: dict[str, Tensor] = {}
     if weights.two_views:
-        views = [model.contrast_features(view, None)[0] for view in (image, model.image(batch["image2"]))]
+        views = [model.features("image", view) for view in (image, model.image(batch["image2"]))]
         losses["two_views"] = two_view_contrast(*views, temperature=model.temperature())
     found = lookup(model, image)
     if weights.grounding and found.loss is not None:

@@ -184,7 +184,7 @@ class Original(nn.Module):
         model, multimodal = self.model, inputs["is_multimodal"].flatten()
         labels = inputs["labels"].flatten()
         out["pooled_text"], out["pooled_image"] = model.text_pool(joint.text[:, 0]), model.image_pool(joint.image[:, 0])
-        image_features, text_features = model.contrast_features(image, text)
+        image_features, text_features = model.features("image", image), model.features("text", text)
         scored = F.normalize(image_features, dim=-1)
         out["cmcl_scores"] = (scored * text_features).sum(-1, keepdim=True)
         return {
@@ -211,12 +211,17 @@ class Original(nn.Module):
 
 def compare(golden: Golden) -> Iterable[Row]:
     """Every output and gradient of the file against ours, with the tolerances for float32."""
-    config = model_config(golden.config, golden.params)
+    try:
+        config = model_config(golden.config, golden.params)
+    except KeyError as error:
+        raise UserError(f"its configuration lacks {error}; is the file whole?") from None
     run = Original(Unimo2(config).eval(), golden.config)
     params = {name: value.clone().requires_grad_() for name, value in golden.params.items()}
     imported = import_unimo2(params)
     if imported.unused:
         raise UserError(f"weights that nothing uses: {', '.join(imported.unused)}; is the configuration right?")
+    if imported.missing:
+        raise UserError(f"weights that are missing: {', '.join(imported.missing)}; is the file whole?")
     # The original creates these two whatever its method, and then uses them or not.
     idle = {"topk": (), "normal": ("grounded.temperature",), "none": ("grounded.temperature", "grounded.codebook")}
     weights = {name: value for name, value in imported.state.items() if name not in idle[golden.config["method"]]}

@@ -23,6 +23,7 @@ from vlblocks.training import read_history, write_json_atomic
 
 from .corpus import EvalPairs
 from .model import Unimo2
+from .objectives import STREAMS
 from .retrieval import code_metrics, embed
 
 
@@ -48,9 +49,8 @@ def report(
     metrics |= extra
 
     history = read_history(out / "history.jsonl")
-    losses = {
-        name: list(zip(*points, strict=True)) for name, points in history.items() if "/" in name or name == "loss"
-    }
+    own = [name for name in history if name == "loss" or name.startswith(tuple(f"{stream}/" for stream in STREAMS))]
+    losses = {name: list(zip(*history[name], strict=True)) for name in own}
     plot_curves(losses, out / "curves.png", title=f"{out.name}: training losses")
     if gallery.image_lookup.image_scores is not None:
         examples = [grounding_example(model, pairs, index) for index in range(min(4, len(pairs)))]

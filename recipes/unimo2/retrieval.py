@@ -48,7 +48,7 @@ def embed(
     for image in images:
         with autocast():
             states = model.image(image.to(device))
-            features, _ = model.contrast_features(states, None)
+            features = model.features("image", states)
             found = lookup(model, image=states)
         sides[0].append((states, features, found))
     valids = []
@@ -56,7 +56,7 @@ def embed(
         with autocast():
             valids.append(valid.to(device))
             states = model.text(tokens.to(device), valids[-1])
-            _, features = model.contrast_features(None, states)
+            features = model.features("text", states, valids[-1])
             found = lookup(model, text=states, text_valid=valids[-1])
         sides[1].append((states, features, found))
     longest = max(valid.shape[1] for valid in valids)

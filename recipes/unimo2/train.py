@@ -57,11 +57,15 @@ OUTPUTS = (
 
 
 def main() -> None:
+    began = time.monotonic()
     config = settle(parse_config(PRESETS, description=__doc__))
     out = config.out
     precision = None if config.precision == "auto" else {"fp32": "no"}.get(config.precision, config.precision)
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    accelerator = Accelerator(mixed_precision=precision or default_mixed_precision(kind))
+    if kind == "cpu" and precision == "fp16":
+        raise UserError("--precision fp16: needs a GPU; choose auto, bf16 or fp32")
+    # Told that it is a CPU, accelerate makes torchrun's processes one group; otherwise each would train on its own.
+    accelerator = Accelerator(cpu=kind == "cpu", mixed_precision=precision or default_mixed_precision(kind))
     if accelerator.device.type == "cpu":
         torch.use_deterministic_algorithms(True)
         # It only helps to find reads of memory that nothing wrote, at a tenth of the time.
@@ -71,18 +75,22 @@ def main() -> None:
         print(out)
         return
     seed_everything(config.seed)
-    corpus = Corpus(config, rank=accelerator.process_index, world_size=accelerator.num_processes)
-    config = replace(config, model=replace(config.model, vocab=corpus.tokenizer.vocab_size))
-    model = Unimo2(config.model)
+    begun = (out / "config.json").exists()
+    corpus = Corpus(config, resume=begun, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    model = Unimo2(replace(config.model, vocab=corpus.tokenizer.vocab_size))
     if config.init is not None:
         file = config.init / "model.safetensors" if config.init.is_dir() else config.init
         load_weights(model, read_tensors(file), source=file)
+    if is_main() and not begun:
+        # Only now: a run that finds no data has not begun, and the corrected command shall not need --restart.
+        write_json_atomic(out / "config.json", config_to_dict(config))
     model.to(accelerator.device)
     seed_everything(config.seed, rank=accelerator.process_index)
-    seconds, skipped = train(config, accelerator, model, corpus)
+    seconds, skipped = train(config, accelerator, model, corpus, began)
     if is_main():
+        gallery = corpus.gallery()
         extra = {"train/steps": config.max_steps, "train/skipped_steps": skipped, "data/skipped": corpus.bad.total}
-        report(model, corpus.gallery(), out, seconds, extra=extra, autocast=accelerator.autocast)
+        report(model, gallery, out, seconds, extra=extra, autocast=accelerator.autocast)
         print(out, flush=True)
     barrier()
 
@@ -93,6 +101,14 @@ def settle(config: RunConfig) -> RunConfig:
     if not config.grounding:
         model = replace(config.model, grounding=replace(config.model.grounding, method="none"))
         config = replace(config, model=model)
+    learning = {name.partition("/")[0] for name in curve_names(config)}
+    if not learning:
+        raise UserError(
+            "--objective, --batch: there is nothing to learn; give an objective a weight and its stream a share"
+        )
+    # A stream without an objective would only cost time.
+    idle = {name: 0 for name in STREAMS if name not in learning}
+    config = replace(config, batch=replace(config.batch, **idle))
     config.check()
     return config
 
@@ -101,9 +117,11 @@ def prepare_folder(config: RunConfig, out: Path) -> bool:
     """Make `out` ready to begin or to resume; True when the run in it is finished."""
     finished = False
     if is_main():
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out {out}: is a file; name a folder")
-        if config.restart and out.exists():
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be made ({error.strerror}); name another folder") from None
+        if config.restart:
             for name in OUTPUTS:
                 path = out / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -111,15 +129,15 @@ def prepare_folder(config: RunConfig, out: Path) -> bool:
             source = out / "config.json"
             require_same_config(read_json(source), config, source=source, ignore=FREE_FIELDS)
             finished = (out / "metrics.json").exists()
-        else:
-            write_json_atomic(out / "config.json", config_to_dict(config))
     barrier()
     return finished or (not is_main() and (out / "metrics.json").exists())
 
 
-def train(config: RunConfig, accelerator: Accelerator, model: Unimo2, corpus: Corpus) -> tuple[float, int]:
-    """Run or continue; returns the seconds it took over all sittings, and the steps skipped for not being finite."""
-    began, before, start = time.monotonic(), 0.0, 0
+def train(
+    config: RunConfig, accelerator: Accelerator, model: Unimo2, corpus: Corpus, began: float
+) -> tuple[float, int]:
+    """Run or continue; returns the seconds of all sittings, this one's since `began`, and the steps skipped."""
+    before, start = 0.0, 0
     o, checkpoints = config.optim, config.out / "checkpoints"
     groups = parameter_groups(model, weight_decay=o.weight_decay)
     optimizer = accelerator.prepare(adamw(groups, lr=o.lr, betas=o.betas, eps=o.eps))
@@ -145,6 +163,7 @@ def train(config: RunConfig, accelerator: Accelerator, model: Unimo2, corpus: Co
         for step in range(start + 1, config.max_steps + 1):
             set_lr(optimizer.optimizer, schedule(step - 1))
             values: dict[str, Tensor] = {}
+            total: Tensor | float = 0.0
             for part in range(config.batch.accumulate):
                 for stream, batch in next(corpus.streams).items():
                     generator = step_generator(config.seed, step, part, accelerator)
@@ -153,20 +172,26 @@ def train(config: RunConfig, accelerator: Accelerator, model: Unimo2, corpus: Co
                         result = STREAMS[stream](model, batch, config.objective, generator)
                         loss = sum(weights[name] * value for name, value in result.losses.items())
                     accelerator.backward(loss / config.batch.accumulate)
+                    total = total + loss.detach() / config.batch.accumulate
+                    for side, picks in (("image", result.image_picks), ("text", result.text_picks)):
+                        if picks is not None:
+                            model.grounded.update(picks, side)
                     for name, value in result.losses.items():
                         key = f"{stream}/{name}"
                         values[key] = values.get(key, 0.0) + value.detach() / config.batch.accumulate
             average_gradients(model.parameters())
             accelerator.unscale_gradients(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
-            total = sum(values.values())
             # Under fp16 the scaler lowers its scale and skips the step itself when a gradient overflows.
             watched = {"loss": total} if accelerator.scaler is not None else {"loss": total, "gradient": norm}
             if guard.check(step, **watched):
                 optimizer.step()
+            elif accelerator.scaler is not None:
+                accelerator.scaler.update()
             optimizer.zero_grad()
             log.step(step, {**values, "loss": total, "lr": optimizer.param_groups[0]["lr"], "gradient_norm": norm})
             if step % config.checkpoint_every == 0 or step == config.max_steps:
+                log.scalars(step, code_usage(model))
                 log.flush()
                 seconds = before + time.monotonic() - began
                 state = {"guard": guard.state_dict(), "seconds": seconds}
@@ -184,6 +209,18 @@ def train(config: RunConfig, accelerator: Accelerator, model: Unimo2, corpus: Co
     if is_main():
         write_tensors_atomic(config.out / "model.safetensors", model.state_dict())
     return before + time.monotonic() - began, guard.skipped
+
+
+def code_usage(model: Unimo2) -> dict[str, float]:
+    """Codes in use and their perplexity by modality since the last call."""
+    if model.config.grounding.method != "topk":
+        return {}
+    numbers = {}
+    for side in ("image", "text"):
+        usage = model.grounded.usage(side)
+        numbers |= {f"codes/used_{side}": usage.used, f"codes/perplexity_{side}": usage.perplexity}
+    model.grounded.reset_usage()
+    return numbers
 
 
 def step_generator(seed: int, step: int, part: int, accelerator: Accelerator) -> torch.Generator:

@@ -38,7 +38,7 @@ def test_same_losses_and_gradients(suite):
         mine = suite.our_losses(ours, batch, stream)
         assert mine.keys() == part.keys()
         for name, value in part.items():
-            message = f"{stream}/{name}: {float(mine[name])} and {float(value)}"
+            message = f"{stream}/{name}: {mine[name].item()} and {value.item()}"
             torch.testing.assert_close(mine[name], value, rtol=1e-9, atol=1e-12, msg=message)
     suite.our_step(ours, batch)
     suite.original_step(theirs, batch)

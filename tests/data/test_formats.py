@@ -187,6 +187,7 @@ def test_karpathy_mistakes_are_told(data: Path, tmp_path: Path) -> None:
     read('{"images": [7]}')
     read('{"images": [{"filename": "a.png", "sentences": []}]}')
     read('{"images": [{"filename": "a.png", "split": "train", "sentences": [{"tokens": ["a"]}]}]}')
+    read(json.dumps({"images": [{**entry("0.png", "train", "x"), "filepath": 7}]}))
     read(json.dumps({"images": [entry("0.png", "train", "x")]}), split="test")
     refuses(lambda: read_karpathy(data / "dataset_toy.json", data / "no", split="train"), "no such folder of images")
     (data / "elsewhere").mkdir()

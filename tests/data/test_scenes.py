@@ -124,7 +124,7 @@ def test_every_test_scene_holds_a_combination_that_training_never_shows(corpus: 
     assert {colour for colour, _ in SEEN} == set(COLOURS)
     assert {shape for _, shape in SEEN} == set(SHAPES)
     assert not set(SEEN) & set(HELD_OUT)
-    training = set(corpus.training_texts())
+    training = {text for written in corpus.pairs.captions for text in written} | set(corpus.texts)
     assert not training & {text for written in corpus.test.captions for text in written}
 
 

@@ -43,7 +43,7 @@ def corpus() -> SceneCorpus:
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus: SceneCorpus) -> Tokenizer:
-    return train_tokenizer(corpus.training_texts(), 400)
+    return train_tokenizer([text for written in corpus.pairs.captions for text in written] + corpus.texts, 400)
 
 
 def mixer(corpus: SceneCorpus, tokenizer: Tokenizer, **options: Any) -> StreamMixer:

@@ -101,6 +101,17 @@ def test_extreme_similarities_pick_the_hardest():
     assert negatives.image_for_text.tolist() == [1, 2, 1]
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_diverged_model_still_gets_negatives(broken):
+    similarity = torch.randn(4, 4)
+    similarity[1, 2:] = broken
+    ids = torch.tensor([0, 1, 0, 2])
+    for logits in (similarity, torch.full((4, 4), broken)):
+        negatives = mine_hard_negatives(logits, image_ids=ids)
+        assert negatives.found.all()
+        assert (ids[negatives.text_for_image] != ids).all() and (ids[negatives.image_for_text] != ids).all()
+
+
 def test_mistakes_are_named():
     with pytest.raises(UserError, match="similarity"):
         mine_hard_negatives(torch.zeros(2, 3))

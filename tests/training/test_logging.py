@@ -2,13 +2,12 @@
 
 import io
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
 from vlblocks.errors import UserError
-from vlblocks.training import RunLog, plot_curves, read_history
+from vlblocks.training import RunLog, read_history
 from vlblocks.training import logging as run_logging
 
 
@@ -119,14 +118,3 @@ def test_a_full_disk_is_one_line_that_names_the_folder(tmp_path, monkeypatch):
         log.flush()
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
     log.close()
-
-
-@pytest.mark.parametrize("names", [[], ["a"], ["a", "b", "c", "d"]])
-def test_curves_are_drawn_for_any_number_of_losses(tmp_path, names):
-    history = {name: ([1, 2, 3], [1.0, math.nan, 3.0]) for name in names}
-    plot_curves(history, tmp_path / "curves.png")
-    assert Path(tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_drawn_mean_passes_over_gaps():
-    assert run_logging._running_mean([1.0, math.nan, 3.0], 1.0) == [1.0, 1.0, 2.0]

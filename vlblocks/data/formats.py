@@ -246,6 +246,8 @@ def _karpathy_problem(entry: Any) -> str:
     for name in ("filename", "split"):
         if not isinstance(entry.get(name), str) or not entry[name]:
             return f"has no {name!r}"
+    if not isinstance(entry.get("filepath") or "", str):
+        return "has a 'filepath' that is no text"
     sentences = entry.get("sentences")
     if not isinstance(sentences, list):
         return "has no list 'sentences'"

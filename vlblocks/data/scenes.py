@@ -138,10 +138,6 @@ class SceneCorpus:
         """A retrieval gallery of unseen combinations: every caption fits one picture only."""
         return self.test_part.pairs()
 
-    def training_texts(self) -> list[str]:
-        """All sentences of the training parts, for a tokenizer."""
-        return [text for written in self.pair_part.captions for text in written] + self.texts
-
 
 def draw_scene(rng: np.random.Generator, *, unseen: bool = False) -> Scene:
     """Draw one scene: of seen (colour, shape) pairs only, or with at least one that training never shows."""

@@ -93,7 +93,7 @@ class BadData:
 
     def __init__(self, *, share: float = 0.01) -> None:
         if not 0.0 <= share <= 1.0:
-            raise UserError(f"bad_share {share} is not a share; use a number from 0 to 1")
+            raise UserError(f"max_bad_share {share} is not a share; use a number from 0 to 1")
         self.share = share
         self._names: dict[str, dict[str, str]] = {}
 
@@ -109,7 +109,7 @@ class BadData:
         if len(names) > self.share * skipped.total:
             raise UserError(
                 f"{skipped.name}: {skipped.reason}; {len(names)} of {skipped.total} {skipped.kind}s are bad, more "
-                f"than the allowed share {self.share:g}: repair the data or raise bad_share"
+                f"than the allowed share {self.share:g}: repair the data or raise max_bad_share"
             )
 
     def counts(self) -> dict[str, int]:

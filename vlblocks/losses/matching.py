@@ -50,7 +50,8 @@ def mine_hard_negatives(
     """Draws a hard negative text for each image and image for each text, both in one multinomial draw.
 
     A candidate's probability is the softmax of the contrastive logits over the row's (column's) true negatives: neither
-    the partner nor, with image_ids, any row of the same picture is ever drawn. Negatives are this rank's own rows.
+    the partner nor, with image_ids, any row of the same picture is ever drawn. Negatives are this rank's own rows. NaN
+    counts as 0, an infinity as the largest number.
 
     Args:
         similarity: [b, b] contrastive logits (divided by the temperature), images by texts; pairs on the diagonal.
@@ -75,7 +76,8 @@ def mine_hard_negatives(
     found = ~same.all(dim=1)
     # A row without negatives draws among all, for a distribution of zeros cannot be drawn from; `found` discards it.
     masked = same & found[:, None]
-    logits = upcast(similarity)
+    # A diverged step must reach the loss, where it can be skipped, and not end in an invalid distribution here.
+    logits = upcast(similarity).nan_to_num()
     both = torch.cat([logits.masked_fill(masked, -math.inf), logits.t().masked_fill(masked, -math.inf)])
     drawn = torch.multinomial(both.softmax(dim=1), 1, generator=generator).squeeze(1)
     text_for_image, image_for_text = torch.where(found, drawn.unflatten(0, (2, rows)), own)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vlblocks.errors import UserError
 from vlblocks.nn.attention import KVCache
 from vlblocks.nn.embed import PatchEmbed, TextEmbed, interpolate_positions
+from vlblocks.nn.layers import STD
 from vlblocks.nn.transformer import Transformer
 from vlblocks.ops.segments import MaskedRows, SegmentMask
 
@@ -51,9 +52,12 @@ class ImageTower(nn.Module):
         states = 1 + self.grid[0] * self.grid[1]
         self.cls = nn.Parameter(torch.empty(1, 1, width, device=device, dtype=dtype))
         self.positions = nn.Parameter(torch.empty(1, states, width, device=device, dtype=dtype))
-        if self.cls.device.type != "meta":
-            nn.init.trunc_normal_(self.cls, std=0.02)
-            nn.init.trunc_normal_(self.positions, std=0.02)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The tower's own parameters; its parts have their own."""
+        nn.init.trunc_normal_(self.cls, std=STD)
+        nn.init.trunc_normal_(self.positions, std=STD)
 
     def forward(self, images: Tensor, valid: Tensor | None = None) -> Tensor:
         """images [B, 3, H, W] in [-1, 1]; valid [B, 1 + P] bool, True = real -> states [B, 1 + P, D], CLS first."""

@@ -87,11 +87,6 @@ def all_reduce_sum(x: Tensor, *, group: Group | None = None) -> Tensor:
     return total
 
 
-def all_reduce_sum_with_grad(x: Tensor, *, group: Group | None = None) -> Tensor:
-    """Sum of x over the ranks. The gradient to x is the sum of all ranks' gradients to the result."""
-    return x if world_size(group) == 1 else _AllReduceSum.apply(x, group)
-
-
 def broadcast(x: Tensor, source: int = 0, *, group: Group | None = None) -> Tensor:
     """Rank `source`'s x (its rank in the group) on every rank, without gradient; x itself is left as it is."""
     if world_size(group) == 1:
@@ -157,15 +152,3 @@ class _GatherWithGrad(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return _reduce_scatter_rows(grad, ctx.sizes, ctx.group), None, None
-
-
-class _AllReduceSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group | None) -> Tensor:
-        ctx.group = group
-        return all_reduce_sum(x, group=group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce_sum(grad, group=ctx.group), None

@@ -20,7 +20,7 @@ from vlblocks.training.distributed import (
 from vlblocks.training.files import read_json, read_tensors, write_atomic, write_json_atomic, write_tensors_atomic
 from vlblocks.training.gradients import average_gradients
 from vlblocks.training.guard import NonFiniteError, NonFiniteGuard
-from vlblocks.training.logging import RunLog, plot_curves, read_history
+from vlblocks.training.logging import RunLog, read_history
 from vlblocks.training.optim import adamw, parameter_groups
 from vlblocks.training.precision import cpu_has_fast_bf16, default_mixed_precision
 from vlblocks.training.random_state import get_rng_state, seed_everything, set_rng_state
@@ -52,7 +52,6 @@ __all__ = [
     "parameter_groups",
     "parse",
     "parse_config",
-    "plot_curves",
     "read_history",
     "read_json",
     "read_tensors",

@@ -18,7 +18,7 @@ from vlblocks.errors import UserError
 from vlblocks.training.distributed import is_main
 from vlblocks.training.files import disk_full_as_user_error, write_atomic
 
-__all__ = ["RunLog", "plot_curves", "read_history"]
+__all__ = ["RunLog", "read_history"]
 
 History = dict[str, tuple[list[int], list[float]]]  # name -> steps, values
 
@@ -198,35 +198,3 @@ def _line(row: Mapping[str, Any]) -> str:
     # JSON has no word for a number that is not finite.
     plain = {name: value if math.isfinite(value) else None for name, value in row.items()}
     return json.dumps(plain) + "\n"
-
-
-def plot_curves(history: History, path: str | os.PathLike[str], *, smooth: float = 0.95, columns: int = 3) -> None:
-    """Draw each curve of `history` in its own small chart, raw and as a running mean, into one picture at `path`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    names = list(history)
-    rows = max(1, -(-len(names) // columns))
-    figure = Figure(figsize=(4.2 * columns, 2.8 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, name in zip(axes, names, strict=False):
-        steps, values = history[name]
-        axis.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8)
-        axis.plot(steps, _running_mean(values, smooth), color="tab:blue", linewidth=1.5)
-        axis.set_title(name, fontsize=10)
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(labelsize=8)
-        axis.grid(alpha=0.2)
-    for axis in axes[len(names) :]:
-        axis.set_visible(False)
-    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=110))
-
-
-def _running_mean(values: list[float], smooth: float) -> list[float]:
-    means, total, weight = [], 0.0, 0.0
-    for value in values:
-        if math.isfinite(value):
-            total, weight = smooth * total + value, smooth * weight + 1.0
-        means.append(total / weight if weight else math.nan)
-    return means

@@ -1,0 +1,162 @@
+"""eval.py: one JSON on stdout, equal to what training reported, and re-ranking that equals scoring every pair."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from vlblocks.evaluation import retrieval_ranks, summarize_ranks
+from vlblocks_recipes.unimo2 import eval as evaluation
+from vlblocks_recipes.unimo2 import train
+from vlblocks_recipes.unimo2.corpus import EvalPairs, heldout_pairs
+from vlblocks_recipes.unimo2.objectives import lookup
+
+RANKS = {f"{way}_{what}" for way in ("text_to_image", "image_to_text") for what in ("r1", "r5", "r10", "median_rank")}
+CODES = {"codes_used", "code_perplexity_image", "code_perplexity_text", "code_overlap_pair", "code_overlap_random"}
+
+
+def evaluate(call, *flags):
+    done = call(evaluation, *flags)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert all(type(value) in (int, float) for value in found.values())
+    return found
+
+
+@pytest.fixture
+def run_of(on_squares, tmp_path, call, no_report):
+    """A run on the small data set, its matching head made to tell pairs apart: run_of(*flags) is its folder."""
+
+    def make(*flags):
+        out = tmp_path / "run"
+        done = call(train, *on_squares, "--precision", "fp32", "--max-steps", "2", *flags, "--out", out)
+        assert done.code == 0, done.err
+        weights = load_file(out / "model.safetensors")
+        # Two steps leave all scores alike; without differences between pairs a wrong pair would not show.
+        for name in ("matching.dense.weight", "text_pool.dense.weight", "image_pool.dense.weight"):
+            weights[name] = torch.randn(weights[name].shape, generator=torch.Generator().manual_seed(7))
+        save_file(weights, out / "model.safetensors")
+        return out
+
+    return make
+
+
+def test_held_out_pairs_give_what_training_reported(trained, call):
+    found = evaluate(call, "--run", trained.folder, "--task", "retrieval")
+    metrics = json.loads((trained.folder / "metrics.json").read_text())
+    assert found.keys() == RANKS | CODES | {"gallery_size", "skipped"}
+    skipped = found.pop("skipped")
+    assert skipped == 0 and found == {name: metrics[f"val/{name}"] for name in found}
+
+
+def test_a_data_set_of_ones_own(trained, squares, call):
+    where = ("--pairs", squares / "dataset_squares.json", "--images", squares / "images")
+    found = evaluate(call, "--run", trained.folder, *where, "--rerank", "4")
+    again = {f"rerank_{name}" for name in RANKS} | {"rerank_pairs_scored"}
+    assert found.keys() == RANKS | CODES | again | {"gallery_size", "skipped"}
+    assert found["gallery_size"] == 12
+    # Of 12 x 24 pairs, the 4 best of each query, some of them on both lists.
+    assert 4 * 24 <= found["rerank_pairs_scored"] <= 4 * (12 + 24)
+    assert evaluate(call, "--run", trained.folder, *where, "--split", "val")["gallery_size"] == 10
+
+
+@torch.no_grad()
+def scores_of_every_pair(folder):
+    """[I, T] scores of spec item 26, each pair alone through towers, codes and joint tower."""
+    config, model, tokenizer = evaluation.load_run(folder)
+    gallery = heldout_pairs(config, evaluation.BadData())
+    pairs = EvalPairs(gallery, tokenizer, config.model.image_size, config.data.max_text)
+    rows = []
+    for index in range(len(pairs)):
+        image = model.image(pairs.image(index)[None])
+        row = []
+        for caption in gallery.captions:
+            tokens = torch.tensor(tokenizer.encode(caption, config.data.max_text))[None]
+            text = model.text(tokens)
+            joint = model.fuse(image=image, codes=lookup(model, image, text).codes, text=text)
+            contrast = F.normalize(model.features("image", image), dim=-1) * model.features("text", text)
+            row.append(model.match_logits(joint)[0, 1] + 0.3 * contrast.sum())
+        rows.append(torch.stack(row))
+    return torch.stack(rows), pairs.text_image
+
+
+@pytest.mark.parametrize("flags", [(), ("--no-grounding",)], ids=["grounded", "no grounding"])
+def test_reranking_everything_equals_scoring_every_pair(run_of, call, flags):
+    folder = run_of(*flags)
+    scores, text_image = scores_of_every_pair(folder)
+    assert scores.std() > 0.1
+    expected = summarize_ranks(retrieval_ranks(scores, text_image))
+    found = evaluate(call, "--run", folder, "--rerank", "1000")
+    assert {name: found[f"rerank_{name}"] for name in RANKS} == {name: expected[name] for name in RANKS}
+    assert found["rerank_pairs_scored"] == scores.numel()
+    assert any(found[f"rerank_{name}"] != found[name] for name in RANKS)
+    assert (found.keys() >= CODES) == (not flags)
+
+
+def test_reranking_one_candidate_keeps_the_first(run_of, call):
+    found = evaluate(call, "--run", run_of(), "--rerank", "1")
+    for way in ("text_to_image", "image_to_text"):
+        assert found[f"rerank_{way}_r1"] == found[f"{way}_r1"]
+
+
+def test_every_image_and_caption_passes_its_tower_once(run_of, call, monkeypatch):
+    folder = run_of()
+    counts = {"image": 0, "text": 0}
+    own = evaluation.load_run
+
+    def counted(run):
+        config, model, tokenizer = own(run)
+        for name in counts:
+
+            def count(module, args, name=name):
+                counts[name] += len(args[0])
+
+            getattr(model, name).register_forward_pre_hook(count)
+        return config, model, tokenizer
+
+    monkeypatch.setattr(evaluation, "load_run", counted)
+    evaluate(call, "--run", folder, "--rerank", "8")
+    assert counts == {"image": 10, "text": 20}
+
+
+def test_skipped_images_are_counted(run_of, own_squares, call):
+    folder = run_of("--data.max-bad-share", "0.1")
+    (own_squares / "images/test_04.png").write_bytes(b"")
+    where = ("--pairs", own_squares / "dataset_squares.json", "--images", own_squares / "images")
+    found = evaluate(call, "--run", folder, *where)
+    assert found["skipped"] == 1 and found["gallery_size"] == 11
+
+
+def test_mistakes(trained, squares, tmp_path, call):
+    json_file, images = squares / "dataset_squares.json", squares / "images"
+    (tmp_path / "other.json").write_text("[]")
+    cases = [
+        (("--run", tmp_path / "none"), ["--run", tmp_path / "none", "no such folder"]),
+        (("--run", tmp_path), [tmp_path / "config.json", "no such file"]),
+        (("--pairs", json_file), ["--pairs, --images", "both"]),
+        (("--images", images), ["--pairs, --images", "both"]),
+        (("--rerank", "-1"), ["--rerank", "0 or more"]),
+        (("--split", "tset", "--pairs", json_file, "--images", images), [json_file, "'tset'", "test, train, val"]),
+        (("--pairs", tmp_path / "other.json", "--images", images), [tmp_path / "other.json", "Karpathy"]),
+        (("--pairs", json_file, "--images", tmp_path), [tmp_path, "test_00.png"]),
+        (("--pears", json_file), ["--pears", "--pairs"]),
+        (("--task", "sorting"), ["--task", "retrieval"]),
+    ]
+    for flags, words in cases:
+        done = call(evaluation, "--run", trained.folder, *flags)
+        assert done.code == 2 and done.out == "" and done.err.count("\n") == 1, done
+        assert done.err.startswith("error: ")
+        for word in words:
+            assert str(word) in done.err, done.err
+
+
+def test_a_run_with_a_tokenizer_of_another_size(trained, tmp_path, call):
+    from vlblocks.data import train_tokenizer
+
+    folder = shutil.copytree(trained.folder, tmp_path / "run")
+    train_tokenizer(["a few words"], 262).save(folder / "tokenizer.json")
+    done = call(evaluation, "--run", folder)
+    assert done.code == 2 and done.err.count("\n") == 1 and str(folder / "model.safetensors") in done.err
