@@ -9,6 +9,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -42,7 +43,7 @@ from vlblocks.training import (
     write_json_atomic,
     write_tensors_atomic,
 )
-from vlblocks_recipes.unimo2.configs import PRESETS, RunConfig
+from vlblocks_recipes.unimo2.configs import PRESETS, OptimConfig, RunConfig
 from vlblocks_recipes.unimo2.corpus import Corpus
 from vlblocks_recipes.unimo2.model import Unimo2
 from vlblocks_recipes.unimo2.objectives import STREAMS, curve_names
@@ -139,8 +140,7 @@ def train(
     """Run or continue; returns the seconds of all sittings, this one's since `began`, and the steps skipped."""
     before, start = 0.0, 0
     o, checkpoints = config.optim, config.out / "checkpoints"
-    groups = parameter_groups(model, weight_decay=o.weight_decay)
-    optimizer = accelerator.prepare(adamw(groups, lr=o.lr, betas=o.betas, eps=o.eps))
+    optimizer = accelerator.prepare(adamw(optimizer_groups(model, o), lr=o.lr, betas=o.betas, eps=o.eps))
     schedule = Schedule(kind=o.decay, total=config.max_steps, warmup=int(o.warmup * config.max_steps))
     guard = NonFiniteGuard()
     found = latest_checkpoint(checkpoints)
@@ -209,6 +209,21 @@ def train(
     if is_main():
         write_tensors_atomic(config.out / "model.safetensors", model.state_dict())
     return before + time.monotonic() - began, guard.skipped
+
+
+def optimizer_groups(model: Unimo2, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Parameters with and without decay, and the temperatures apart if their learning rate is another."""
+    groups = parameter_groups(model, weight_decay=optim.weight_decay)
+    if optim.temperature_lr == 1:
+        return groups
+    plain = groups.pop()
+    parts: tuple[list, list] = ([], [])
+    for name, parameter in zip(plain["names"], plain["params"], strict=True):
+        parts[name.endswith("temperature")].append((name, parameter))
+    for part, rate in zip(parts, (optim.lr, optim.lr * optim.temperature_lr), strict=True):
+        names, parameters = zip(*part, strict=True)
+        groups.append({**plain, "names": list(names), "params": list(parameters), "lr": rate})
+    return groups
 
 
 def code_usage(model: Unimo2) -> dict[str, float]:

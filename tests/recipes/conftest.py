@@ -49,7 +49,8 @@ def script(root):
 
     def run(name: str, *flags, cwd: Path, prefix=(sys.executable,), timeout=240) -> Outcome:
         command = [*map(str, prefix), str(root / "recipes/unimo2" / name), *map(str, flags)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        # On the CPU, where numbers repeat, also where there is a GPU.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
             command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
         )
@@ -61,6 +62,7 @@ def script(root):
 @pytest.fixture
 def call(monkeypatch, capfd):
     """Run a script's `main` in this process as its command line would: call(module, *flags)."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     filled = torch.utils.deterministic.fill_uninitialized_memory
 
     def run(module, *flags) -> Outcome:
