@@ -106,3 +106,15 @@ def test_an_image_tower_made_on_the_meta_device_is_filled_by_its_resets():
 def test_a_patch_that_does_not_divide_the_image_is_named(size):
     with pytest.raises(UserError, match="patch_size"):
         ImageTower(patch_embed=PatchEmbed(patch_size=3, width=WIDTH), transformer=stack(), width=WIDTH, image_size=size)
+
+
+def test_decoding_without_positions_is_refused():
+    tower = TextTower(embed=TextEmbed(vocab=20, width=WIDTH, positions=12), transformer=stack())
+    caches, tokens = tower.transformer.new_caches(), torch.randint(4, 19, (2, 3))
+    mask = SegmentMask.single(length=3, causal=True)
+    whole = tower(tokens, mask=mask)
+    tower(tokens[:, :2], mask=SegmentMask.single(length=2, causal=True), caches=caches)
+    with pytest.raises(UserError, match="position_ids"):
+        tower(tokens[:, 2:], mask=mask.last_queries(1), caches=caches)
+    last = tower(tokens[:, 2:], mask=mask.last_queries(1), caches=caches, position_ids=torch.tensor([[4]]))
+    torch.testing.assert_close(last, whole[:, 2:])

@@ -306,6 +306,7 @@ def odd_masks(real):
     return real[:, :, None] & real[:, None] & ((place[None, :] % 2 == 0) | (place[None, :] == place[:, None]))
 
 
+TEXT, IMAGE = {"towers": ("text", "grounded")}, {"towers": ("vit", "grounded")}
 VARIATIONS = {
     "heads and layers per tower": {"lens": [9, 6, 4]},
     "masked patches and flags": {"lens": [7, 7, 5], "hidden_patches": 6, "flags": True},
@@ -341,24 +342,15 @@ VARIATIONS = {
         "hidden_patches": 2,
         "flags": True,
     },
-    "text alone, padded": {"sizes": {"towers": ("text", "grounded")}, "lens": [9, 2, 5], "flags": True},
-    "text alone, projected": {
-        "sizes": {"towers": ("text", "grounded")},
-        "config": {"projection": True, "grounding_pos": True},
-        "lens": [5, 7, 5],
-    },
+    "text alone, padded": {"sizes": TEXT, "lens": [9, 2, 5], "flags": True},
+    "text alone, projected": {"sizes": TEXT, "config": {"projection": True, "grounding_pos": True}, "lens": [5, 7, 5]},
     "larger image alone, odd patch": {
         "sizes": {"towers": ("vit", "grounded"), "image_size": 35},
         "config": {"resolution": 5},
         "lens": [],
         "hidden_patches": 7,
     },
-    "image alone, nearest": {
-        "sizes": {"towers": ("vit", "grounded")},
-        "config": {"method": "normal"},
-        "lens": [],
-        "hidden_patches": 7,
-    },
+    "image alone, nearest": {"sizes": IMAGE, "config": {"method": "normal"}, "lens": [], "hidden_patches": 7},
     "captioning with prefixes": {"lens": [9, 6, 7], "visibility": prefix_masks},
     "captioning, masked patches": {"lens": [9, 6, 7], "visibility": prefix_masks, "hidden_patches": 4},
     "captioning, other visibility": {"lens": [8, 5, 6], "visibility": odd_masks},
@@ -373,13 +365,9 @@ def write_variation(path, seed, *, config=None, sizes=None, **inputs):
     fixed |= {"resolution": 8, "num_codebook": 24, "method": "topk", "topk": 5, "vit_layer_norm_eps": 1e-12}
     fixed |= {"projection": False, "share_projection": False, "grounding_pos": False}
     config = fixed | heads | layers | (config or {})
-    sizes = {"rows": 3, "image_size": 32, "side": 4, "hidden": 56, "towers": ("vit", "text", "grounded")} | {
-        "topk_temperature": 3.0,
-        "cmcl_temperature": 0.07,
-        "norm": 1.0,
-        "code": 1.0,
-        **(sizes or {}),
-    }
+    usual = {"rows": 3, "image_size": 32, "side": 4, "hidden": 56, "towers": ("vit", "text", "grounded")}
+    usual |= {"topk_temperature": 3.0, "cmcl_temperature": 0.07, "norm": 1.0, "code": 1.0}
+    sizes = usual | (sizes or {})
     generator = torch.Generator().manual_seed(seed)
     params = {name: value.requires_grad_() for name, value in draw_weights(config, sizes, generator).items()}
     given = draw_inputs(config, sizes, generator, **inputs)

@@ -22,18 +22,29 @@ _SAME_SPLIT = {"restval": "train"}
 
 
 class Layout(NamedTuple):
-    """A data set in Karpathy's layout."""
+    """A data set in Karpathy's layout.
+
+    Attributes:
+        json: Karpathy's file.
+        images: folder of the pictures.
+    """
 
     json: Path
     images: Path
 
 
 class Subset(NamedTuple):
-    """Part of a data set as pairs, the rest unaligned."""
+    """Part of a data set as pairs, the rest unaligned.
+
+    Attributes:
+        pairs: the pictures kept, with their captions.
+        images: the rest's pictures.
+        texts: the rest's captions, in an order that has nothing to do with the pictures'.
+    """
 
     pairs: CaptionedImages
-    images: ImageSource  # the rest's pictures
-    texts: list[str]  # the rest's captions, in an order that has nothing to do with the pictures'
+    images: ImageSource
+    texts: list[str]
 
 
 def locate(root: str | Path) -> Layout:

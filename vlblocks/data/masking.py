@@ -13,8 +13,15 @@ IGNORED = -100
 
 
 class MaskedTokens(NamedTuple):
-    tokens: np.ndarray  # [T] int64, the input with some tokens replaced
-    labels: np.ndarray  # [T] int64, the original id where it is to be predicted, else -100
+    """A text with hidden tokens, and what they were.
+
+    Attributes:
+        tokens: [T] int64, the input with some tokens replaced.
+        labels: [T] int64, the original id where it is to be predicted, else -100.
+    """
+
+    tokens: np.ndarray
+    labels: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,7 +135,7 @@ class SceneCorpus:
 
     @property
     def test(self) -> CaptionedImages:
-        """A retrieval gallery of unseen combinations: every caption fits one picture only."""
+        """Unseen combinations, for retrieval (`test.gallery()`): every caption fits one picture only."""
         return self.test_part.pairs()
 
 

@@ -26,12 +26,19 @@ class BadExampleError(Exception):
 
 
 class Skipped(NamedTuple):
-    """One example that was left out."""
+    """One example that was left out.
 
-    kind: str  # what it is, such as "pairs/image"
-    name: str  # file, or file and line
+    Attributes:
+        kind: what it is, such as "pairs/image".
+        name: file, or file and line.
+        reason: what is wrong with it.
+        total: how many of its kind there are.
+    """
+
+    kind: str
+    name: str
     reason: str
-    total: int  # how many of its kind there are
+    total: int
 
 
 class ImageSource(Protocol):
@@ -41,7 +48,9 @@ class ImageSource(Protocol):
 
     def __getitem__(self, index: int, /) -> np.ndarray: ...
 
-    def name(self, index: int) -> str: ...
+    def name(self, index: int) -> str:
+        """What to call a picture in messages."""
+        ...
 
 
 class CaptionSource(Protocol):
@@ -53,7 +62,13 @@ class CaptionSource(Protocol):
 
 
 class CaptionedImages(NamedTuple):
-    """Pictures, the captions of each, and ids that are equal exactly for the same picture."""
+    """Pictures, the captions of each, and ids that are equal exactly for the same picture.
+
+    Attributes:
+        images: N pictures by index, uint8 [H, W, 3].
+        captions: N sequences of captions by index.
+        image_ids: N integers.
+    """
 
     images: ImageSource
     captions: CaptionSource
@@ -74,7 +89,13 @@ class CaptionedImages(NamedTuple):
 
 
 class Gallery(NamedTuple):
-    """Pictures and captions to retrieve one from the other; caption i belongs to picture `owners[i]`."""
+    """Pictures and captions to retrieve one from the other; caption i belongs to picture `owners[i]`.
+
+    Attributes:
+        images: I pictures by index, uint8 [H, W, 3].
+        captions: T texts.
+        owners: T indices of pictures; as a tensor, the `text_image` of `vlblocks.evaluation`.
+    """
 
     images: ImageSource
     captions: list[str]

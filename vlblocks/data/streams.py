@@ -62,7 +62,9 @@ class PairDataset(Dataset[Example]):
     Args:
         data: pictures, captions and ids.
         transform: for training, an :class:`ImageTransform`.
+        seed: of captions, transforms and masks.
         max_length: tokens kept of a caption, CLS and SEP among them.
+        masking: how tokens are hidden; None: as `SpanMasking()` does. The unmasked ids are there too, as "tokens".
     """
 
     def __init__(
@@ -101,7 +103,12 @@ class PairDataset(Dataset[Example]):
 
 
 class ImageDataset(Dataset[Example]):
-    """Pictures alone, two views each. Keys, seeds and replacement as in :class:`PairDataset`."""
+    """Pictures alone, two views each. Keys, seeds and replacement as in :class:`PairDataset`.
+
+    Args:
+        images: the pictures, such as :func:`read_image_folder` gives.
+        transform: a :class:`TwoViews`, not an :class:`ImageTransform`.
+    """
 
     def __init__(self, images: ImageSource, *, transform: TwoViews, seed: int = 0) -> None:
         self.images = images
@@ -120,7 +127,7 @@ class ImageDataset(Dataset[Example]):
 
 
 class TextDataset(Dataset[Example]):
-    """Texts alone, masked. Keys and seeds as in :class:`PairDataset`."""
+    """Texts alone, masked. Keys, seeds and masking as in :class:`PairDataset`."""
 
     def __init__(
         self,
@@ -241,12 +248,14 @@ def stream_loader(
 class StreamMixer(Iterator[dict[str, Batch]]):
     """Endless training steps, each one batch of every stream: {"pairs": ..., "images": ..., "texts": ...}.
 
+    What a batch holds is listed at :class:`Collate`.
+
     Streams advance together and wrap around on their own, so the position is one integer, and a resumed mixer gives the
     tensors that the first would have given, for any number of workers.
 
     Args:
         datasets: some of "pairs", "images", "texts" by name.
-        batch_sizes: examples a step and process of each; a stream with 0 is left out.
+        batch_sizes: examples a step and process of each; a stream with 0, or without an entry, is left out.
         seed: of the order; the datasets have their own.
         rank, world_size: this process and how many there are.
         num_workers: loader processes per stream; 0 loads in this one and starts at once.
@@ -325,8 +334,10 @@ class StreamMixer(Iterator[dict[str, Batch]]):
         """Go to a saved position.
 
         Raises:
-            UserError: it was saved with other data, batch sizes, seed or number of processes.
+            UserError: it was saved with other data, batch sizes, seed or number of processes, or is no mixer's state.
         """
+        if absent := {"step", "streams", "bad"} - state.keys():
+            raise UserError(f"state has no {sorted(absent)[0]!r}: pass what a StreamMixer's state_dict gave")
         ours = self._streams()
         for name in sorted(ours.keys() | state["streams"].keys()):
             saved, here = state["streams"].get(name), ours.get(name)

@@ -131,8 +131,15 @@ def eval_transform(size: Size, *, crop: float = 1.0, interpolation: str = "bicub
 
 
 class Views(NamedTuple):
-    image: Tensor  # float32 [3, H, W]
-    image2: Tensor  # float32 [3, H, W]
+    """Two views of one picture.
+
+    Attributes:
+        image: float32 [3, H, W].
+        image2: float32 [3, H, W].
+    """
+
+    image: Tensor
+    image2: Tensor
 
 
 class TwoViews:

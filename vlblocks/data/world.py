@@ -41,10 +41,12 @@ class Thing(NamedTuple):
 
     @property
     def pair(self) -> tuple[str, str]:
+        """(colour, shape)."""
         return (self.colour, self.shape)
 
     @property
     def place(self) -> str:
+        """Row and column in words."""
         return f"{ROWS[self.row]} {COLUMNS[self.column]}"
 
 

@@ -15,17 +15,27 @@ _BLOCK_ELEMENTS = 16_000_000  # one-hot entries held at once
 
 
 class CodeOverlap(NamedTuple):
-    """Share of an image's codes that a text picks too, in [0, 1]."""
+    """Share of an image's codes that a text picks too, in [0, 1].
 
-    pair: float  # mean over true pairs
-    random: float  # mean over all pairs that do not belong together; nan when there is none
+    Attributes:
+        pair: mean over true pairs.
+        random: mean over all pairs that do not belong together; nan when there is none.
+    """
+
+    pair: float
+    random: float
 
 
 class CodeCounts(NamedTuple):
-    """How much of the codebook is in use."""
+    """How much of the codebook is in use.
 
-    used: int  # codes picked at least once
-    perplexity: float  # exp of the entropy of the picks, 1 to C; 0 without picks
+    Attributes:
+        used: codes picked at least once.
+        perplexity: exp of the entropy of the picks, 1 to C; 0 without picks.
+    """
+
+    used: int
+    perplexity: float
 
 
 def code_overlap(image_picks: Tensor, text_picks: Tensor, *, groups: Tensor | None = None) -> CodeOverlap:

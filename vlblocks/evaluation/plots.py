@@ -28,13 +28,21 @@ INK, FAINT = "#222222", "#8A8A8A"
 
 
 class GroundingExample(NamedTuple):
-    """One pair and the codes it picked."""
+    """One pair and the codes it picked.
 
-    image: Any  # [H, W, 3] uint8 array or tensor
-    words: Sequence[str]  # T words of the caption
-    patch_activations: Any  # [K, h, w] in [0, 1]: how strongly each picked code fires on each patch
-    word_activations: Any  # [K, T] in [0, 1]: and on each word
-    codes: Any  # [K] index of each picked code in the codebook
+    Attributes:
+        image: [H, W, 3] uint8 array or tensor.
+        words: T words of the caption.
+        patch_activations: [K, h, w] in [0, 1]: how strongly each picked code fires on each patch.
+        word_activations: [K, T] in [0, 1]: and on each word.
+        codes: [K] index of each picked code in the codebook.
+    """
+
+    image: Any
+    words: Sequence[str]
+    patch_activations: Any
+    word_activations: Any
+    codes: Any
 
 
 def plot_curves(

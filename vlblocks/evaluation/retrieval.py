@@ -33,11 +33,18 @@ PairScorer = Callable[[Tensor, Tensor], Tensor]
 
 
 class RetrievalRanks(NamedTuple):
-    """Where each query found what it looked for; 1 is best."""
+    """Where each query found what it looked for; 1 is best.
 
-    text_to_image: Tensor  # [T] long: rank of the text's image among I images
-    image_to_text: Tensor  # [I] long: rank of the image's best caption, its other captions aside; 0 = image without one
-    text_image: Tensor  # [T] long: the image that each text belongs to
+    Attributes:
+        text_to_image: [T] long: rank of the text's image among I images.
+        image_to_text: [I] long: rank of the image's best caption, its other captions aside; 0 = image without
+            one.
+        text_image: [T] long: the image that each text belongs to.
+    """
+
+    text_to_image: Tensor
+    image_to_text: Tensor
+    text_image: Tensor
 
 
 def retrieval_metrics(scores: Tensor, text_image: Tensor, *, ks: Sequence[int] = DEFAULT_KS) -> dict[str, float]:
@@ -46,6 +53,7 @@ def retrieval_metrics(scores: Tensor, text_image: Tensor, *, ks: Sequence[int] =
     Args:
         scores: [I, T], higher is more alike; any float type.
         text_image: [T] long, the row of ``scores`` that each text belongs to. Images without a text are distractors.
+            Of a `vlblocks.data.Gallery`: ``torch.tensor(gallery.owners)``.
         ks: for which k recall is given.
 
     Returns:
@@ -187,14 +195,23 @@ def chance_levels(text_image: Tensor, *, images: int | None = None, ks: Sequence
 
 
 class Reranked(NamedTuple):
-    """A shortlist per query, scored anew; whatever is not on it keeps its old order behind the shortlist."""
+    """A shortlist per query, scored anew; whatever is not on it keeps its old order behind the shortlist.
 
-    scores: Tensor  # [I, T] the first scores
-    text_candidates: Tensor  # [T, k] long, images
-    text_scores: Tensor  # [T, k] float32
-    image_candidates: Tensor  # [I, k] long, texts
-    image_scores: Tensor  # [I, k] float32
-    pairs_scored: int  # distinct pairs that the scorer saw
+    Attributes:
+        scores: [I, T] the first scores.
+        text_candidates: [T, k] long, images.
+        text_scores: [T, k] float32.
+        image_candidates: [I, k] long, texts.
+        image_scores: [I, k] float32.
+        pairs_scored: distinct pairs that the scorer saw.
+    """
+
+    scores: Tensor
+    text_candidates: Tensor
+    text_scores: Tensor
+    image_candidates: Tensor
+    image_scores: Tensor
+    pairs_scored: int
 
     def ranks(self, text_image: Tensor) -> RetrievalRanks:
         """Ranks after re-ranking, for text_image [T]."""

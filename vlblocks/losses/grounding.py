@@ -10,11 +10,17 @@ from vlblocks.ops.grounding import GroundingBackend, grounding_losses
 
 
 class GroundingLoss(NamedTuple):
-    """The grounding loss and its two terms, all scalars."""
+    """The grounding loss and its two terms, all scalars.
 
-    loss: Tensor  # token_loss + code_weight * code_loss
-    token_loss: Tensor  # codes move to tokens: mean over valid tokens and D
-    code_loss: Tensor  # tokens move to codes: mean over examples with a valid token, K and D
+    Attributes:
+        loss: token_loss + code_weight * code_loss.
+        token_loss: codes move to tokens: mean over valid tokens and D.
+        code_loss: tokens move to codes: mean over examples with a valid token, K and D.
+    """
+
+    loss: Tensor
+    token_loss: Tensor
+    code_loss: Tensor
 
 
 def grounding_loss(

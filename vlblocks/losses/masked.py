@@ -14,18 +14,29 @@ from vlblocks.losses._reduce import mean_cross_entropy
 
 
 class MaskedRows(NamedTuple):
-    """The M positions of a batch that are to be predicted, in order of example and position."""
+    """The M positions of a batch that are to be predicted, in order of example and position.
 
-    rows: Tensor  # [M, D] states
-    labels: Tensor  # [M] long
-    positions: Tensor  # [M] long: b * N + n
+    Attributes:
+        rows: [M, D] states.
+        labels: [M] long.
+        positions: [M] long: b * N + n.
+    """
+
+    rows: Tensor
+    labels: Tensor
+    positions: Tensor
 
 
 class MaskedCodes(NamedTuple):
-    """Codes of which some are hidden."""
+    """Codes of which some are hidden.
 
-    codes: Tensor  # [B, K, D], hidden ones zero
-    labels: Tensor  # [B, K] long: the index of a hidden code, -100 elsewhere
+    Attributes:
+        codes: [B, K, D], hidden ones zero.
+        labels: [B, K] long: the index of a hidden code, -100 elsewhere.
+    """
+
+    codes: Tensor
+    labels: Tensor
 
 
 def masked_rows(states: Tensor, labels: Tensor, *, ignore_index: int = -100) -> MaskedRows:

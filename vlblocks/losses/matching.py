@@ -36,11 +36,17 @@ def matching_loss(logits: Tensor, labels: Tensor, weight: Tensor | None = None) 
 
 
 class HardNegatives(NamedTuple):
-    """One negative per direction for each of b pairs."""
+    """One negative per direction for each of b pairs.
 
-    text_for_image: Tensor  # [b] long: a text that does not belong to image i
-    image_for_text: Tensor  # [b] long: an image that does not belong to text i
-    found: Tensor  # [b] bool: False where there is none; the indices are then i itself
+    Attributes:
+        text_for_image: [b] long: a text that does not belong to image i.
+        image_for_text: [b] long: an image that does not belong to text i.
+        found: [b] bool: False where there is none; the indices are then i itself.
+    """
+
+    text_for_image: Tensor
+    image_for_text: Tensor
+    found: Tensor
 
 
 @torch.no_grad()

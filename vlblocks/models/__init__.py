@@ -1,10 +1,18 @@
 """Towers, and importers of other projects' weights."""
 
-from vlblocks.models.importers import Imported, import_hf_roberta, import_timm_vit, import_unimo2
+from vlblocks.models.importers import (
+    Imported,
+    ImportReport,
+    import_hf_roberta,
+    import_timm_vit,
+    import_unimo2,
+    load_imported,
+)
 from vlblocks.models.towers import ImageTower, JointStates, JointTower, TextTower
 
 __all__ = [
     "ImageTower",
+    "ImportReport",
     "Imported",
     "JointStates",
     "JointTower",
@@ -12,4 +20,5 @@ __all__ = [
     "import_hf_roberta",
     "import_timm_vit",
     "import_unimo2",
+    "load_imported",
 ]

@@ -35,21 +35,35 @@ LOG = logging.getLogger(__name__)
 
 
 class Imported(NamedTuple):
-    """A translated state dict, and what did not go through."""
+    """A translated state dict, and what did not go through.
 
-    state: dict[str, Tensor]  # under this library's names
-    unused: list[str]  # source keys that no rule reads
-    missing: list[str]  # source keys that the rules need and the source lacks
-    filled: list[str]  # target names without a source, set to the value that means the same
+    Attributes:
+        state: under this library's names.
+        unused: source keys that no rule reads.
+        missing: source keys that the rules need and the source lacks.
+        filled: target names without a source, set to the value that means the same.
+    """
+
+    state: dict[str, Tensor]
+    unused: list[str]
+    missing: list[str]
+    filled: list[str]
 
 
 class ImportReport(NamedTuple):
-    """What became of a module's parameters and of a source's keys."""
+    """What became of a module's parameters and of a source's keys.
 
-    loaded: list[str]  # names in the module that got a tensor
-    unused: list[str]  # source keys that no rule reads, and translated names that the module lacks
-    missing: list[str]  # names in the module that keep what they had
-    filled: list[str]  # among the loaded: without a source, set to the value that means the same
+    Attributes:
+        loaded: names in the module that got a tensor.
+        unused: source keys that no rule reads, and translated names that the module lacks.
+        missing: names in the module that keep what they had.
+        filled: among the loaded: without a source, set to the value that means the same.
+    """
+
+    loaded: list[str]
+    unused: list[str]
+    missing: list[str]
+    filled: list[str]
 
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} tensors loaded"]
@@ -135,6 +149,9 @@ def import_timm_vit(
     interpolation: Literal["bicubic", "bilinear"] = "bicubic",
 ) -> Imported:
     """The state dict of a timm vision transformer (``timm.models.vision_transformer``) for an image tower.
+
+    ``tower.load_state_dict(result.state)`` loads it, and :func:`vlblocks.models.importers.load_imported` into part of a
+    larger model.
 
     timm's layer norms have eps 1e-6: give the tower the same. A model without biases in qkv gets zeros; one whose
     position table leaves out the class token gets a zero row there. Classifier, ``fc_norm`` and attention pooling

@@ -60,7 +60,7 @@ class ImageTower(nn.Module):
         nn.init.trunc_normal_(self.positions, std=STD)
 
     def forward(self, images: Tensor, valid: Tensor | None = None) -> Tensor:
-        """images [B, 3, H, W] in [-1, 1]; valid [B, 1 + P] bool, True = real -> states [B, 1 + P, D], CLS first."""
+        """images [B, channels, H, W] in [-1, 1]; valid [B, 1 + P] bool -> states [B, 1 + P, D], CLS first."""
         patches = self.patch_embed(images)
         grid = self.patch_embed.grid(images.shape[-2], images.shape[-1])
         positions = interpolate_positions(self.positions, old_grid=self.grid, new_grid=grid, mode=self.interpolation)
@@ -95,9 +95,17 @@ class TextTower(nn.Module):
     ) -> Tensor:
         """tokens [B, T]; valid [B, T] bool; or a whole mask (causal, say) in place of valid -> states [B, T, D].
 
+        Without either every token is seen, padding too: it is not read off the ids. With caches tokens are the new ones
+        only (see `Transformer.forward`) and position_ids [B or 1, T] must be given, or they would count from the start:
+        `embed.position_offset` + their place in the sequence.
+
         Raises:
-            UserError: both valid and mask are given.
+            UserError: both valid and mask are given, or a filled cache without position_ids.
         """
+        if caches and caches[0].length and position_ids is None:
+            raise UserError(
+                "TextTower: give position_ids beside a filled cache (the tokens do not tell where they stand)"
+            )
         if valid is not None and mask is not None:
             raise UserError("TextTower: give valid or mask, not both (a mask holds its own validity)")
         if valid is not None:
@@ -106,11 +114,17 @@ class TextTower(nn.Module):
 
 
 class JointStates(NamedTuple):
-    """States of the joint tower, by segment."""
+    """States of the joint tower, by segment.
 
-    image: Tensor | None  # [B, V, D], CLS first
-    codes: Tensor | None  # [B, G, D]
-    text: Tensor | None  # [B, T, D], CLS first
+    Attributes:
+        image: [B, V, D], CLS first; None if not given.
+        codes: [B, G, D]; None if not given.
+        text: [B, T, D], CLS first; None if not given.
+    """
+
+    image: Tensor | None
+    codes: Tensor | None
+    text: Tensor | None
 
 
 class JointTower(nn.Module):

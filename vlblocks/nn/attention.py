@@ -17,7 +17,12 @@ class KVCache:
     """What one layer has attended to so far: keys and values of its own sequence, and of a fixed context.
 
     Own keys and values grow by `append`; a context's are stored once and serve every later step. One cache belongs to
-    one layer and one batch of sequences; `Transformer.new_caches` makes a stack's.
+    one layer and one batch of sequences; `Transformer.new_caches` makes a stack's. After a step that raised, start
+    anew: its keys may be in already.
+
+    Attributes:
+        length: positions of its own sequence so far.
+        context: keys and values of the context, [B, H, S, Dh] each; None before the first step that had one.
     """
 
     def __init__(self) -> None:

@@ -134,10 +134,15 @@ def prefix_lm(
 
 
 class FusedStates(NamedTuple):
-    """States of two streams."""
+    """States of two streams.
 
-    image: Tensor  # [B, V, image width]
-    text: Tensor  # [B, T, text width]
+    Attributes:
+        image: [B, V, image width].
+        text: [B, T, text width].
+    """
+
+    image: Tensor
+    text: Tensor
 
 
 class _Stream(nn.Module):

@@ -16,21 +16,35 @@ from .usage import CodeUsage, CodeUsageTracker
 
 
 class PickedCodes(NamedTuple):
-    """The codes of each example, by descending score."""
+    """The codes of each example, by descending score.
 
-    codes: Tensor  # [B, K, D] code vectors
-    indices: Tensor  # [B, K] long
+    Attributes:
+        codes: [B, K, D] code vectors.
+        indices: [B, K] long.
+    """
+
+    codes: Tensor
+    indices: Tensor
 
 
 class GroundedOutput(NamedTuple):
-    """What a grounded space makes of a batch."""
+    """What a grounded space makes of a batch.
 
-    codes: Tensor  # [B, K, D] picked code vectors
-    indices: Tensor  # [B, K] long, by descending score
-    scores: Tensor  # [B, C] float32, no gradient
-    loss: Tensor | None  # scalar, token_loss + code_weight * code_loss; None without loss
-    token_loss: Tensor | None  # scalar, q of unimo2_spec item 16
-    code_loss: Tensor | None  # scalar, e of unimo2_spec item 15
+    Attributes:
+        codes: [B, K, D] picked code vectors.
+        indices: [B, K] long, by descending score.
+        scores: [B, C] float32, no gradient.
+        loss: scalar, token_loss + code_weight * code_loss; None without loss.
+        token_loss: scalar, q of unimo2_spec item 16.
+        code_loss: scalar, e of unimo2_spec item 15.
+    """
+
+    codes: Tensor
+    indices: Tensor
+    scores: Tensor
+    loss: Tensor | None
+    token_loss: Tensor | None
+    code_loss: Tensor | None
 
 
 class GroundedSpace(nn.Module):
@@ -54,7 +68,7 @@ class GroundedSpace(nn.Module):
         code_weight: weight of the code loss beside the token loss.
         count_padding: let invalid tokens count in scores and losses, as the original implementation does.
         modalities: names by which `update` and `usage` tell picks apart.
-        usage_decay: see CodeUsageTracker.
+        usage_decay: each `update` multiplies a modality's former counts with it; None counts all since `reset_usage`.
         backend: of the operations in `vlblocks.ops.grounding`.
 
     Raises:
@@ -157,7 +171,7 @@ class GroundedSpace(nn.Module):
         return torch.sigmoid(self.clipped_temperature() * (x @ codes.transpose(1, 2)))
 
     def update(self, indices: Tensor, modality: str, valid: Tensor | None = None) -> None:
-        """Counts picks [...] of a modality over all ranks; only valid ones [...] if given. See CodeUsageTracker."""
+        """Counts picks [...] of a modality over all ranks; only valid ones [...] if given. See `vlblocks.nn.usage`."""
         self.tracker.update(indices, modality, valid)
 
     def usage(self, modality: str | None = None) -> CodeUsage:

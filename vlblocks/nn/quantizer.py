@@ -20,13 +20,21 @@ SMOOTHING = 1e-5
 
 
 class QuantizerOutput(NamedTuple):
-    """What a quantizer makes of tokens [..., D]."""
+    """What a quantizer makes of tokens [..., D].
 
-    codes: Tensor  # [..., D] the tokens' codes; 0 where invalid
-    indices: Tensor  # [...] long; 0 where invalid
-    loss: Tensor | None  # scalar, codebook_loss + commitment * commitment_loss; None without loss
-    codebook_loss: Tensor | None  # scalar, moves codes to tokens; 0 with an EMA codebook
-    commitment_loss: Tensor | None  # scalar, moves tokens to codes
+    Attributes:
+        codes: [..., D] the tokens' codes; 0 where invalid.
+        indices: [...] long; 0 where invalid.
+        loss: scalar, codebook_loss + commitment * commitment_loss; None without loss.
+        codebook_loss: scalar, moves codes to tokens; 0 with an EMA codebook.
+        commitment_loss: scalar, moves tokens to codes.
+    """
+
+    codes: Tensor
+    indices: Tensor
+    loss: Tensor | None
+    codebook_loss: Tensor | None
+    commitment_loss: Tensor | None
 
 
 class VectorQuantizer(nn.Module):
@@ -45,7 +53,7 @@ class VectorQuantizer(nn.Module):
         revive_after: `update` puts a random token of the batch in the place of a code that no token took in so many
             updates in a row; None leaves such codes.
         count_padding: treat invalid tokens as real, as the original implementation does.
-        modalities: names by which `update` and `usage` tell tokens apart.
+        modalities: names by which `update`, `track` and `usage` tell tokens apart.
         backend: of the operations in `vlblocks.ops.grounding`.
 
     Raises:
@@ -124,7 +132,8 @@ class VectorQuantizer(nn.Module):
             x: [..., D] tokens.
             valid: [...] bool, True = real; all real if None.
             with_loss: compute the losses, means over valid tokens and D; float32 also under autocast.
-            straight_through: give the codes' gradient to x instead of to the codebook.
+            straight_through: give the codes' gradient to x instead of to the codebook. An EMA codebook takes none:
+                without this its codes carry no gradient at all.
 
         Raises:
             UserError: shapes that do not fit.
@@ -185,7 +194,7 @@ class VectorQuantizer(nn.Module):
             self._revive(tokens if real is None else tokens[real], self.revive_after, generator)
 
     def track(self, indices: Tensor, modality: str, valid: Tensor | None = None) -> None:
-        """Counts picks [...] of a modality over all ranks; only valid ones [...] if given. See CodeUsageTracker."""
+        """Counts picks [...] of a modality over all ranks; only valid ones [...] if given. See `vlblocks.nn.usage`."""
         self.tracker.update(indices, modality, valid)
 
     def usage(self, modality: str | None = None) -> CodeUsage:

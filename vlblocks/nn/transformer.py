@@ -284,8 +284,10 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """States [B, T, D] -> states [B, T, D]; arguments as `TransformerLayer.forward`'s, with one cache per layer.
 
-        Decoding: prefill with all known positions, then pass only the new ones with the same caches and the mask's
-        `last_queries(number of new ones)`. Activation checkpointing does not apply while decoding.
+        Decoding: prefill with all known positions, then pass only the n new ones with the same caches and a mask over
+        all `length` positions so far, `SegmentMask.single(length=length, causal=True).last_queries(n)`. A context need
+        not be passed again, but its `context_mask` must be, at every step. Activation checkpointing does not apply
+        while decoding.
 
         Raises:
             UserError: a context although no layer has cross-attention, or a wrong number of caches.

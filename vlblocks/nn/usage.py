@@ -13,10 +13,15 @@ from vlblocks.ops.collectives import all_reduce_sum
 
 
 class CodeUsage(NamedTuple):
-    """How a codebook is used."""
+    """How a codebook is used.
 
-    used: int  # codes picked at least once
-    perplexity: float  # exp of the picks' entropy in nats: as many evenly used codes; 0 before the first pick
+    Attributes:
+        used: codes picked at least once.
+        perplexity: exp of the picks' entropy in nats: as many evenly used codes; 0 before the first pick.
+    """
+
+    used: int
+    perplexity: float
 
 
 class CodeUsageTracker(nn.Module):

@@ -109,7 +109,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: SegmentMask | Tensor | None) -
             raise UserError(f"mask has dtype {mask.dtype}: give torch.bool, True = may attend")
         padded = (1,) * (4 - mask.dim()) + tuple(mask.shape)
         if len(padded) != 4 or any(have not in (1, want) for have, want in zip(padded, full, strict=True)):
-            raise UserError(f"mask of shape {list(mask.shape)} does not broadcast to [B, H, Tq, Tk] = {list(full)}")
+            raise UserError(
+                f"mask of shape {list(mask.shape)} does not broadcast to [B, H, Tq, Tk] = {list(full)}; "
+                "for padded keys give valid[:, None, None, :]"
+            )
 
 
 class _Hidden(NamedTuple):

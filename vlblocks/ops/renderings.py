@@ -35,19 +35,33 @@ class KeyRuns(NamedTuple):
     before `causal_stop` ends at ``min(stop, causal_start + max(i + 1, prefix[b]))`` (empty when that is not past its
     start); no run of that segment reaches across `causal_stop`. A row left without a key gives zeros, or, if
     `open_rows`, an ordinary softmax over all `total` keys.
+
+    Attributes:
+        starts: [B or 1, S, R] int32, first key; 0 past the last run.
+        stops: [B or 1, S, R] int32, one past the last key; 0 past the last run.
+        counts: [B or 1, S] int32, number of runs.
+        query_bounds: S pairs: the query rows [first, last + 1) of each segment.
+        query_offset: key position of query row 0.
+        query_valid: [B, Tq] bool, True = real; None: all real.
+        causal_segment: index of the causal segment, -1 without one.
+        causal_start: its first key position.
+        causal_stop: one past its last key position.
+        prefix: [B] integer; None: 0 everywhere.
+        total: T.
+        open_rows: what a row without a key gives, see above.
     """
 
-    starts: Tensor  # [B or 1, S, R] int32, first key; 0 past the last run
-    stops: Tensor  # [B or 1, S, R] int32, one past the last key; 0 past the last run
-    counts: Tensor  # [B or 1, S] int32, number of runs
-    query_bounds: tuple[tuple[int, int], ...]  # S pairs: the query rows [first, last + 1) of each segment
-    query_offset: int  # key position of query row 0
-    query_valid: Tensor | None  # [B, Tq] bool, True = real; None: all real
-    causal_segment: int  # index of the causal segment, -1 without one
-    causal_start: int  # its first key position
-    causal_stop: int  # one past its last key position
-    prefix: Tensor | None  # [B] integer; None: 0 everywhere
-    total: int  # T
+    starts: Tensor
+    stops: Tensor
+    counts: Tensor
+    query_bounds: tuple[tuple[int, int], ...]
+    query_offset: int
+    query_valid: Tensor | None
+    causal_segment: int
+    causal_start: int
+    causal_stop: int
+    prefix: Tensor | None
+    total: int
     open_rows: bool
 
     def dense(self) -> Tensor:

@@ -46,14 +46,23 @@ _SHOWN = 3
 
 
 class Checkpoint(NamedTuple):
-    """What `save_checkpoint` stored."""
+    """What `save_checkpoint` stored.
 
-    path: Path  # its folder
-    step: int  # optimiser steps taken
-    model: dict[str, Tensor]  # name -> weights
-    optimizer: dict[str, Any] | None  # a torch optimiser's state_dict
-    state: dict[str, Any]  # the caller's own
-    ranks: list[dict[str, Any]]  # one per process: its generators ("rng") and what its caller added
+    Attributes:
+        path: its folder.
+        step: optimiser steps taken.
+        model: name -> weights.
+        optimizer: a torch optimiser's state_dict.
+        state: the caller's own.
+        ranks: one per process: its generators ("rng") and what its caller added.
+    """
+
+    path: Path
+    step: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any] | None
+    state: dict[str, Any]
+    ranks: list[dict[str, Any]]
 
     def of_rank(self, rank: int, world_size: int) -> dict[str, Any]:
         """The state that this rank had.
