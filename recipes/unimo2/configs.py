@@ -39,7 +39,7 @@ class GroundingConfig:
 @dataclass(frozen=True)
 class ContrastConfig:
     pool: Literal["cls", "mean"] = "cls"
-    """What stands for an image or a text: its CLS state (the paper), or the mean of its states, quicker when small."""
+    """What stands for an image or a text: its CLS state (the paper), or the mean of its states."""
     width: int | None = 256
     """Width of the projections of both CLS states; None contrasts the states themselves."""
     activation: Literal["relu"] | None = None
