@@ -1,7 +1,8 @@
 """What every benchmark shares: rows, timing side by side, the machine's description, tables and charts.
 
-A suite is a module ``benchmarks/suites/NAME.py`` with ``rows(device, quick) -> list[Row]`` and, if it wants other
-charts than the usual ones, ``plots(rows, out)``, which writes ``NAME-*.png`` into the folder ``out``.
+A suite is a module ``benchmarks/suites/NAME.py`` with ``rows(device, quick) -> Iterable[Row]`` and, if it wants other
+charts than the usual ones, ``plots(rows, out)``, which writes ``NAME-*.png`` into the folder ``out``. A suite that
+yields its rows problem by problem can be stopped when its time is up.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Row:
     provider: str
     dtype: str = "float32"
     mode: str = ""  # "forward", "forward + backward", "training step", ...
-    ours: bool = False  # compared with the best of the others of the same op, shape, dtype and mode
+    ours: bool = False  # compared with the best baseline of the same op, shape, dtype and mode
+    baseline: bool = True  # False: shown for comparison only, since it does not compute the whole operation
     p50_ms: float | None = None
     p20_ms: float | None = None
     p80_ms: float | None = None
@@ -83,23 +85,21 @@ def time_alternating(
     """Time providers in turn, one run each per round, so that a machine that slows down slows all of them.
 
     Who goes first changes with every round. It ends when each has run for ``min_seconds`` and ``min_runs`` times. A
-    provider that raises is left out from then on, and its note says why.
+    provider that raises is left out from then on, and its note says why. On a GPU events are read on the device, after
+    its cache has been flushed; a provider that rotates through several inputs does not find them there.
     """
-    sync = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    on_gpu = torch.device(device).type == "cuda"
+    clock = _gpu_clock() if on_gpu else _cpu_clock
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     failed: dict[str, str] = {}
 
     def run(name: str) -> float | None:
         try:
-            sync()
-            start = time.perf_counter()
-            providers[name]()
-            sync()
-            return time.perf_counter() - start
+            return clock(providers[name])
         except Exception as error:
             failed[name] = failure(error)
             seconds[name].clear()
-            if sync is torch.cuda.synchronize:
+            if on_gpu:
                 torch.cuda.empty_cache()
             return None
 
@@ -122,6 +122,83 @@ def time_alternating(
         if collecting:
             gc.enable()
     return {name: Timing(note=failed[name]) if name in failed else _timing(seconds[name]) for name in providers}
+
+
+def _cpu_clock(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _gpu_clock() -> Callable[[Callable[[], object]], float]:
+    # Larger than any chip's cache; filling it also lets the CPU run ahead, so that launches cost nothing.
+    other = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def clock(call: Callable[[], object]) -> float:
+        other.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return clock
+
+
+def measure_ceiling(device: str, dtype: torch.dtype = torch.float32, size: int | None = None) -> Ceiling:
+    """What the device does here and now: a large square matrix product in `dtype`, and a copy."""
+    on_gpu = torch.device(device).type == "cuda"
+    size = size or (8192 if on_gpu else 2048)
+    a = torch.randn(size, size, device=device).to(dtype)
+    source = torch.ones(2**28 if on_gpu else 2**26, device=device)
+    target = torch.empty_like(source)
+    timed = time_alternating({"product": lambda: a @ a, "copy": lambda: target.copy_(source)}, device=device)
+    product, copy = timed["product"].p50_ms, timed["copy"].p50_ms
+    assert product is not None and copy is not None, timed
+    return Ceiling(2e3 * size**3 / product, 2e3 * source.numel() * source.element_size() / copy)
+
+
+def saved_mib(forward: Callable[[], object], inputs: Iterable[torch.Tensor] = ()) -> float:
+    """MiB that autograd holds from `forward` to the backward, beside the `inputs`."""
+    known = {x.untyped_storage().data_ptr() for x in inputs}
+    found: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = forward()
+    del result
+    return sum(found.values()) / MIB
+
+
+def relative_error(found: Iterable[torch.Tensor], exact: Iterable[torch.Tensor]) -> float:
+    """Largest relative norm of the difference, over tensors and their exact values in float64."""
+    return max(
+        float((f.double() - e.to(f.device)).norm() / e.norm().clamp_min(1e-300))
+        for f, e in zip(found, exact, strict=True)
+    )
+
+
+def rotating(call: Callable[..., object], inputs: Sequence[Sequence[Any]]) -> Callable[[], object]:
+    """A provider that gives `call` the next of several sets of arguments each time."""
+    turn = itertools.cycle(inputs)
+    return lambda: call(*next(turn))
+
+
+def collect(rows: Iterable[Row], minutes: float | None = None) -> tuple[list[Row], bool]:
+    """The rows of a suite, and whether it was stopped because its time was up."""
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+    found: list[Row] = []
+    for row in rows:
+        found.append(row)
+        if end is not None and time.monotonic() > end:
+            return found, True
+    return found, False
 
 
 def failure(error: BaseException) -> str:
@@ -154,7 +231,7 @@ def finish_rows(rows: Iterable[Row], ceiling: Ceiling | None = None) -> list[Row
         if row.x_floor is None and floor and row.p50_ms:
             new["x_floor"] = row.p50_ms / floor
         if row.speedup is None and row.ours and row.p50_ms:
-            others = [r.p50_ms for r in rows if _problem(r) == _problem(row) and not r.ours and r.p50_ms]
+            others = [r.p50_ms for r in rows if _problem(r) == _problem(row) and r.baseline and not r.ours and r.p50_ms]
             if others:
                 new["speedup"] = min(others) / row.p50_ms
         finished.append(replace(row, **new))

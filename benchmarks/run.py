@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from harness import describe_machine, finish_rows, plot_rows, table, write_suite
+from harness import collect, describe_machine, finish_rows, plot_rows, table, write_suite
 
 SUITES = Path(__file__).resolve().parent / "suites"
 
@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the results go")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="small sizes and few repeats: does it run, not how fast")
+    parser.add_argument("--minutes", type=float, metavar="M", help="stop after the problem that ends past this time")
     arguments = parser.parse_args()
     if arguments.suite not in available():
         return _mistake(f"--suite: no suite {arguments.suite!r}; choose from {', '.join(available()) or 'none'}")
@@ -40,17 +41,37 @@ def main() -> int:
     except OSError as error:
         return _mistake(f"--out: cannot make the folder {arguments.out} ({error.strerror}); choose another")
 
-    suite = importlib.import_module(f"suites.{arguments.suite}")
-    rows = finish_rows(suite.rows(arguments.device, arguments.quick))
     command = shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]])
-    write_suite(arguments.suite, arguments.out, rows, describe_machine(arguments.device), command=command)
-    if hasattr(suite, "plots"):
-        suite.plots(rows, arguments.out)
-    else:
-        plot_rows(arguments.suite, rows, arguments.out)
-    print(table(rows), end="")
+    run_suite(
+        arguments.suite, arguments.out, arguments.device, arguments.quick, command=command, minutes=arguments.minutes
+    )
     print(f"written to {arguments.out / arguments.suite}.json, .md and -*.png")
     return 0
+
+
+def run_suite(
+    name: str,
+    out: Path,
+    device: str,
+    quick: bool,
+    *,
+    command: str,
+    minutes: float | None = None,
+    facts: dict[str, str] | None = None,
+) -> None:
+    """Run a suite, print its table and write its files; `facts` join the header."""
+    suite = importlib.import_module(f"suites.{name}")
+    found, stopped = collect(suite.rows(device, quick), minutes)
+    rows = finish_rows(found)
+    header = describe_machine(device) | (facts or {})
+    if stopped:
+        header["stopped"] = f"after {minutes:g} minutes, with {len(rows)} rows"
+    write_suite(name, out, rows, header, command=command)
+    if hasattr(suite, "plots"):
+        suite.plots(rows, out)
+    else:
+        plot_rows(name, rows, out)
+    print(table(rows), end="")
 
 
 def _mistake(line: str) -> int:

@@ -118,4 +118,8 @@ class MaskedTokenHead(nn.Module):
 
     def forward(self, states: Tensor, weight: Tensor) -> Tensor:
         """states [..., width], weight [vocab, width] -> logits [..., vocab]"""
-        return F.linear(self.norm(F.gelu(self.dense(states))), weight, self.bias)
+        return F.linear(self.features(states), weight, self.bias)
+
+    def features(self, states: Tensor) -> Tensor:
+        """states [..., width] -> [..., width], what the table is multiplied with: for a loss that makes no logits."""
+        return self.norm(F.gelu(self.dense(states)))
