@@ -33,14 +33,28 @@ class GroundingLosses(NamedTuple):
     code_loss: Tensor  # e, over examples with a valid token, K and D
 
 
+class GroundingTerms(NamedTuple):
+    """The losses, and what their gradients need beside the inputs."""
+
+    token_loss: Tensor  # scalar
+    code_loss: Tensor  # scalar
+    row_sums: Tensor  # [B, N] sums of the weights over picks
+    pick_sums: Tensor  # [B, K] sums of the weights over tokens
+    token_terms: Tensor  # [B, N] <mean - token, mean>
+    code_terms: Tensor  # [B, K] <mean - code, mean>
+    denominators: Tensor  # [2] number of summands of both losses, at least 1
+
+
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any tensor is, float32 otherwise."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def as_temperature(temperature: Tensor | float, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The temperature as a [1] tensor on x's device, without a device sync for a tensor that lives there already."""
-    return torch.as_tensor(temperature, dtype=dtype, device=x.device).reshape(1)
+    """The temperature as a [1] tensor on x's device; a number, or a tensor that lives there, makes no device sync."""
+    if not isinstance(temperature, Tensor):
+        return torch.full((1,), temperature, dtype=dtype, device=x.device)
+    return temperature.to(device=x.device, dtype=dtype).reshape(1)
 
 
 @torch.no_grad()
@@ -172,3 +186,92 @@ def grounding_losses_reference(
     return GroundingLosses(
         token_error / (token_count * width), code_error / (example_count * (max(1, indices.shape[1]) * width))
     )
+
+
+@torch.no_grad()
+def grounding_terms_reference(
+    x: Tensor, codes: Tensor, indices: Tensor, temperature: Tensor, valid: Tensor | None = None
+) -> GroundingTerms:
+    """`grounding_losses_reference` without gradient, with what `grounding_gradients_reference` needs of it."""
+    x, picked, weights, present = _weighed(x, codes, indices, temperature, valid)
+    real = present.new_ones(x.shape[:2]) if valid is None else valid
+    row_sums, pick_sums = weights.sum(2), weights.sum(1)
+    of_tokens, of_codes = _residuals(x, picked, weights, row_sums, pick_sums, present)
+    sizes = torch.stack((real.sum() * x.shape[2], present.sum() * (picked.shape[1] * picked.shape[2])))
+    denominators = sizes.clamp_min(1).to(x.dtype)
+    return GroundingTerms(
+        of_tokens.square().sum() / denominators[0],
+        of_codes.square().sum() / denominators[1],
+        row_sums,
+        pick_sums,
+        (of_tokens * (of_tokens + x)).sum(2),
+        (of_codes * (of_codes + picked)).sum(2),
+        denominators,
+    )
+
+
+@torch.no_grad()
+def grounding_gradients_reference(
+    token_grad: Tensor,
+    code_grad: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    indices: Tensor,
+    temperature: Tensor,
+    valid: Tensor | None,
+    terms: GroundingTerms,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the losses to x, codes and temperature, written out.
+
+    With similarities L = x picked^T, weights A = sigmoid(t L), their sums r over picks and s over tokens, means
+    u = A picked / r and v = A^T x / s, and the losses' gradients to them, p = 2 q' (u - x) / (tokens D) and likewise o:
+
+        dA = (<p, picked> - <p, u>) / r + (<x, o> - <o, v>) / s
+        dL = t dA A (1 - A)
+        dx = dL picked + A o / s,  dpicked = dL^T x + A^T p / r,  dt = sum dL L / t
+
+    Args:
+        token_grad, code_grad: gradients of the two losses, scalars.
+        terms: of the forward.
+
+    Returns:
+        Gradients of x [B, N, D], codes [C, D] and temperature [1], each in its input's dtype.
+    """
+    types = x.dtype, codes.dtype, temperature.dtype
+    x, picked, weights, present = _weighed(x, codes, indices, temperature, valid)
+    of_tokens, of_codes = _residuals(x, picked, weights, terms.row_sums, terms.pick_sums, present)
+    token_scale, code_scale = 2 * torch.stack((token_grad, code_grad)) / terms.denominators
+    of_row = weights / (terms.row_sums + GUARD)[:, :, None]
+    of_pick = weights / (terms.pick_sums + GUARD)[:, None, :]
+    slopes = token_scale * of_row * (of_tokens @ picked.mT - terms.token_terms[:, :, None])
+    slopes += code_scale * of_pick * (x @ of_codes.mT - terms.code_terms[:, None, :])
+    slopes *= 1 - weights
+    heat = (slopes * (x @ picked.mT)).sum().reshape(1)
+    slopes *= temperature.to(x.dtype)
+    x_grad = slopes @ picked + code_scale * (of_pick @ of_codes)
+    picked_grad = slopes.mT @ x + token_scale * (of_row.mT @ of_tokens)
+    code_grads = torch.ops.aten.embedding_dense_backward(picked_grad, indices, codes.shape[0], -1, False)
+    return x_grad.to(types[0]), code_grads.to(types[1]), heat.to(types[2])
+
+
+def _weighed(
+    x: Tensor, codes: Tensor, indices: Tensor, temperature: Tensor, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x, picked [B, K, D], weights [B, N, K], which examples have a token [B]), 0 where invalid."""
+    dtype = accumulation_dtype(x, codes)
+    x, picked = x.to(dtype), F.embedding(indices, codes).to(dtype)
+    if valid is None:
+        weights = torch.sigmoid(temperature.to(dtype) * (x @ picked.mT))
+        return x, picked, weights, torch.full((x.shape[0],), x.shape[1] > 0, device=x.device)
+    x = _zero_invalid(x, valid)
+    weights = torch.sigmoid(temperature.to(dtype) * (x @ picked.mT)) * valid[..., None].to(dtype)
+    return x, picked, weights, valid.any(1)
+
+
+def _residuals(
+    x: Tensor, picked: Tensor, weights: Tensor, row_sums: Tensor, pick_sums: Tensor, present: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The means' distances from their tokens [B, N, D] and from their codes [B, K, D]."""
+    of_tokens = (weights @ picked) / (row_sums + GUARD)[:, :, None] - x
+    of_codes = (weights.mT @ x) / (pick_sums + GUARD)[:, :, None] - picked
+    return of_tokens, of_codes.masked_fill(~present[:, None, None], 0)

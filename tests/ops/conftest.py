@@ -18,11 +18,12 @@ def _segment_masks(draw, masked_rows=("zeros", "open"), longest=6):
         if draw(st.booleans()):
             bits = draw(st.lists(st.booleans(), min_size=batch * lengths[name], max_size=batch * lengths[name]))
             valid[name] = torch.tensor(bits, dtype=torch.bool).reshape(batch, lengths[name])
-    causal = draw(st.sampled_from((None, *names)))
-    if causal is not None and draw(st.booleans()):
-        table[causal] = table.get(causal, set()) | {causal}
+    causal = sorted(draw(st.sets(st.sampled_from(names), max_size=2)))
+    if draw(st.booleans()):
+        for name in causal:
+            table[name] = table.get(name, set()) | {name}
     prefix = None
-    if causal is not None and draw(st.booleans()):
+    if causal and draw(st.booleans()):
         prefix = torch.tensor(draw(st.lists(st.integers(0, longest + 1), min_size=batch, max_size=batch)))
     mask = SegmentMask.build(
         lengths, table, valid=valid, causal=causal, prefix=prefix, masked_rows=draw(st.sampled_from(masked_rows))
@@ -34,5 +35,5 @@ def _segment_masks(draw, masked_rows=("zeros", "open"), longest=6):
 
 @pytest.fixture(scope="session")
 def segment_masks():
-    """A strategy of masks: any table, padding anywhere, any causal segment and prefix, any number of last queries."""
+    """A strategy of masks: any table, padding anywhere, any causal segments and prefix, any number of last queries."""
     return _segment_masks

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vlblocks import nn
 from vlblocks.errors import UserError
 from vlblocks.ops.grounding import BACKENDS, grounding_losses, grounding_scores, nearest_code, segment_sum
 from vlblocks_kernels.grounding import grounding_losses_reference, grounding_scores_reference
@@ -74,6 +75,39 @@ def test_two_runs_are_bitwise_equal():
     leaves = [tensor.requires_grad_() for tensor in (x, codes, t)]
     runs = [torch.autograd.grad(sum(grounding_losses(x, codes, indices, t, valid)), leaves) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_triton_where_it_cannot_run_is_refused_and_auto_does_without(monkeypatch):
+    x, codes, indices, t, valid = draw()
+    with pytest.raises(UserError, match="backend='triton' does not run on meta: use backend='reference'"):
+        nearest_code(x.to("meta"), codes.to("meta"), backend="triton")
+    expected = grounding_scores(x, codes, t, valid), grounding_losses(x, codes, indices, t, valid)
+    monkeypatch.setattr("vlblocks.ops.grounding.HAS_TRITON", False)
+    with pytest.raises(UserError, match="pip install triton"):
+        grounding_losses(x, codes, indices, t, valid, backend="triton")
+    torch.testing.assert_close(
+        (grounding_scores(x, codes, t, valid), grounding_losses(x, codes, indices, t, valid)), expected
+    )
+
+
+def test_modules_hand_their_back_end_on(monkeypatch):
+    seen = []
+    for name in ("grounding_scores", "grounding_losses"):
+        own = getattr(nn.grounding, name)
+        monkeypatch.setattr(
+            nn.grounding, name, lambda *args, own=own, backend: seen.append(backend) or own(*args, backend=backend)
+        )
+    x = torch.randn(2, 5, 16)
+    outputs = []
+    for backend in BACKENDS:
+        torch.manual_seed(0)
+        grounded = nn.GroundedSpace(width=16, codes=12, picks=3, backend=backend)
+        out = grounded(x)
+        out.loss.backward()
+        outputs.append((out.codes, out.loss, grounded.codebook.grad, grounded.temperature.grad))
+    assert seen == [backend for backend in BACKENDS for _ in range(2)]
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0])
 
 
 X, CODES = torch.ones(2, 3, 4), torch.ones(5, 4)

@@ -1,11 +1,13 @@
 """The grounded space's operations: scores of all codes, losses of the picked ones, nearest codes, sums by code.
 
-`backend`: "auto" takes the fastest that runs where the tensors live; "reference" the chunked PyTorch one.
+`backend`: "auto" takes "triton" on CUDA, where Triton is installed, and elsewhere "reference", the chunked PyTorch one.
+On a CPU, "triton" runs the reference behind the operations that it registers, or its kernels in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from typing import Literal
 
 import torch
@@ -14,15 +16,19 @@ from torch import Tensor
 from vlblocks.errors import UserError
 from vlblocks_kernels.grounding import (
     GroundingLosses,
+    accumulation_dtype,
+    as_temperature,
     grounding_losses_reference,
     grounding_scores_reference,
 )
 from vlblocks_kernels.nearest import METRICS, SegmentSums, nearest_code_reference, segment_sum_reference
 
-GroundingBackend = Literal["auto", "reference"]
+GroundingBackend = Literal["auto", "triton", "reference"]
 Metric = Literal["l2", "cosine"]
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "triton", "reference")
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def grounding_scores(
@@ -52,12 +58,20 @@ def grounding_scores(
 
     Source: Li et al. 2022 (UNIMO-2), section 2.2.
     """
-    _check(x, codes, temperature, valid, backend)
+    chosen = _chosen(backend, x)
+    _check(x, codes, temperature, valid)
     half = _autocast_dtype(x)
     with _without_autocast(x):
+        x, codes = x.detach(), codes.detach()
         if half is not None and x.dtype != torch.float64:
-            x, codes = x.detach().to(half), codes.detach().to(half)
-        return grounding_scores_reference(x, codes, temperature, valid)
+            x, codes = x.to(half), codes.to(half)
+        if chosen == "reference":
+            return grounding_scores_reference(x, codes, temperature, valid)
+        from vlblocks_kernels import grounding_triton
+
+        x, codes = _alike(x, codes)
+        t = as_temperature(temperature, x, accumulation_dtype(x)).detach()
+        return grounding_triton.grounding_scores(x, codes, t, valid)
 
 
 def grounding_losses(
@@ -90,11 +104,19 @@ def grounding_losses(
 
     Source: Li et al. 2022 (UNIMO-2), section 2.2.
     """
-    _check(x, codes, temperature, valid, backend)
+    chosen = _chosen(backend, x)
+    _check(x, codes, temperature, valid)
     if indices.ndim != 2 or indices.shape[0] != x.shape[0]:
         raise UserError(f"indices {list(indices.shape)}: give [B, K] with x's B = {x.shape[0]}")
     with _without_autocast(x):
-        return grounding_losses_reference(x, codes, indices, temperature, valid)
+        if chosen == "reference":
+            return grounding_losses_reference(x, codes, indices, temperature, valid)
+        from vlblocks_kernels import grounding_losses_triton
+
+        x, codes = _alike(x, codes)
+        t = as_temperature(temperature, x, accumulation_dtype(x))
+        token_loss, code_loss, *_ = grounding_losses_triton.grounding_losses(x, codes, indices, t, valid)
+        return GroundingLosses(token_loss, code_loss)
 
 
 def nearest_code(x: Tensor, codes: Tensor, *, metric: Metric = "l2", backend: GroundingBackend = "auto") -> Tensor:
@@ -112,13 +134,18 @@ def nearest_code(x: Tensor, codes: Tensor, *, metric: Metric = "l2", backend: Gr
 
     Source: van den Oord et al. 2017 (VQ-VAE).
     """
-    _check_backend(backend)
+    chosen = _chosen(backend, x)
     if metric not in METRICS:
         raise UserError(f"metric is {metric!r}: choose one of {', '.join(METRICS)}")
     if x.ndim < 1 or codes.ndim != 2 or x.shape[-1] != codes.shape[1] or codes.shape[0] == 0:
         raise UserError(f"x {list(x.shape)} and codes {list(codes.shape)}: give [..., D] and [C, D] with C >= 1")
     with _without_autocast(x):
-        return nearest_code_reference(x, codes, metric)
+        if chosen == "reference":
+            return nearest_code_reference(x, codes, metric)
+        from vlblocks_kernels import nearest_triton
+
+        flat, codes = _alike(x.detach().reshape(-1, x.shape[-1]), codes.detach())
+        return nearest_triton.nearest_code(flat, codes, metric).view(x.shape[:-1])
 
 
 def segment_sum(
@@ -135,20 +162,38 @@ def segment_sum(
     Raises:
         UserError: shapes that do not fit, or an unknown back end.
     """
-    _check_backend(backend)
+    chosen = _chosen(backend, x)
     if x.ndim != 2 or indices.shape != x.shape[:1] or (valid is not None and valid.shape != indices.shape):
         raise UserError(f"x {list(x.shape)} and indices {list(indices.shape)}: give [M, D] and [M], and valid as [M]")
     with _without_autocast(x):
-        return segment_sum_reference(x, indices, segments, valid)
+        if chosen == "reference":
+            return segment_sum_reference(x, indices, segments, valid)
+        from vlblocks_kernels import nearest_triton
+
+        return SegmentSums(*nearest_triton.segment_sum(x.detach(), indices, segments, valid))
 
 
-def _check_backend(backend: str) -> None:
+def _chosen(backend: str, x: Tensor) -> str:
+    """The back end that runs; raises UserError for one that cannot."""
     if backend not in BACKENDS:
         raise UserError(f"backend is {backend!r}: choose one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        return "triton" if x.is_cuda and HAS_TRITON else "reference"
+    if backend == "triton":
+        if not HAS_TRITON:
+            raise UserError("backend='triton' needs Triton: pip install triton, or use backend='reference'")
+        if x.device.type not in ("cuda", "cpu"):
+            raise UserError(f"backend='triton' does not run on {x.device.type}: use backend='reference'")
+    return backend
 
 
-def _check(x: Tensor, codes: Tensor, temperature: Tensor | float, valid: Tensor | None, backend: str) -> None:
-    _check_backend(backend)
+def _alike(x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider one's dtype, as the references compute."""
+    dtype = torch.promote_types(x.dtype, codes.dtype)
+    return x.to(dtype), codes.to(dtype)
+
+
+def _check(x: Tensor, codes: Tensor, temperature: Tensor | float, valid: Tensor | None) -> None:
     if x.ndim != 3 or codes.ndim != 2 or x.shape[2] != codes.shape[1]:
         raise UserError(f"x {list(x.shape)} and codes {list(codes.shape)}: give [B, N, D] and [C, D]")
     if valid is not None and (valid.shape != x.shape[:2] or valid.dtype != torch.bool):
