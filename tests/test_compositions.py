@@ -185,7 +185,9 @@ def test_overfits_one_batch(design, batch):
         if design is Albef:
             model.momentum.update()
     for name, loss in losses.items():
-        limit = first[name] if name in FLOORED else 0.15 * first[name]
+        # Negatives that are mined anew at each step end it high or low by chance: it only has to fall.
+        chance = name in FLOORED or (design is Albef and name == "matching")
+        limit = first[name] if chance else 0.15 * first[name]
         assert loss.item() < limit, f"{name}: {first[name]:.3f} -> {loss.item():.3f}"
 
 

@@ -34,6 +34,8 @@ class GroundingConfig:
     """Add text position rows by rank to the picked codes."""
     count_padding: bool = False
     """Let padded tokens count in the lookup, as the original does."""
+    backend: Literal["auto", "triton", "reference"] = "auto"
+    """What computes the lookup and its losses."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class ModelConfig:
     """open: padded rows keep an ordinary softmax, as in the original."""
     checkpointing: bool = False
     """Recompute each layer in the backward instead of keeping its activations."""
-    backend: Literal["auto", "reference", "sdpa", "flex", "xformers"] = "auto"
+    backend: Literal["auto", "reference", "sdpa", "triton", "flex", "xformers"] = "auto"
 
     def check(self) -> None:
         """Raises UserError for sizes that do not fit together, naming the field."""

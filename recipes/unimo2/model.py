@@ -7,11 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vlblocks.losses import InfoNCE, clip_temperature
+from vlblocks.losses import InfoNCE, clip_temperature, linear_cross_entropy
 from vlblocks.models import ImageTower, JointStates, JointTower, TextTower
 from vlblocks.nn import (
     ClsPool,
     GroundedSpace,
+    KVCache,
     MaskedTokenHead,
     MatchingHead,
     MeanPool,
@@ -87,9 +88,12 @@ class Unimo2(nn.Module):
                 picks=g.picks,
                 temperature=g.temperature,
                 count_padding=g.count_padding,
+                backend=g.backend,
             )
         elif g.method == "nearest":
-            self.grounded = VectorQuantizer(width=width, codes=g.codes, count_padding=g.count_padding)
+            self.grounded = VectorQuantizer(
+                width=width, codes=g.codes, count_padding=g.count_padding, backend=g.backend
+            )
         project = g.project and self.grounded is not None
         self.ground_image = dense("relu", True) if project else nn.Identity()
         self.ground_text = dense("relu", True) if project else nn.Identity()
@@ -134,6 +138,7 @@ class Unimo2(nn.Module):
         image_valid: Tensor | None = None,
         text_valid: Tensor | None = None,
         mask: SegmentMask | Tensor | None = None,
+        caches: list[KVCache] | None = None,
     ) -> JointStates:
         """Joint states of what is given; without a mask, by the bottleneck table (or the merged one without codes)."""
         lengths = {n: s.shape[1] for n, s in (("image", image), ("codes", codes), ("text", text)) if s is not None}
@@ -143,7 +148,7 @@ class Unimo2(nn.Module):
         positions = None
         if codes is not None and self.config.grounding.positions:
             positions = self.text.embed.positions(codes.shape[1])
-        return self.joint(mask=mask, image=image, codes=codes, text=text, code_positions=positions)
+        return self.joint(mask=mask, image=image, codes=codes, text=text, code_positions=positions, caches=caches)
 
     def features(self, side: Literal["image", "text"], states: Tensor, valid: Tensor | None = None) -> Tensor:
         """What a side is contrasted by, [B, F], from its tower's states [B, N, D] and their validity [B, N]."""
@@ -165,6 +170,11 @@ class Unimo2(nn.Module):
     def token_logits(self, states: Tensor) -> Tensor:
         """Word logits [M, vocab] of joint text states [M, D]; the output weights are the word embeddings."""
         return self.masked_token(states, self.text.embed.word.weight)
+
+    def token_loss(self, states: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+        """Mean cross-entropy of states [..., D] with labels [...], -100 = none, without holding `token_logits`."""
+        head, words = self.masked_token, self.text.embed.word.weight
+        return linear_cross_entropy(head.features(states), words, head.bias, labels, label_smoothing=label_smoothing)
 
     def code_logits(self, states: Tensor) -> Tensor:
         """Code logits [M, C] of joint code states [M, D]; the output weights are the codebook."""

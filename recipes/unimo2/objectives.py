@@ -13,7 +13,6 @@ from vlblocks.losses import (
     mask_codes,
     masked_grounding_loss,
     masked_rows,
-    masked_token_loss,
     matching_loss,
     mine_hard_negatives,
     two_view_contrast,
@@ -192,7 +191,7 @@ def pair_codes(model: Unimo2, found: Lookup, patches: int, image_rows: Tensor, t
 
 def _masked_tokens(model: Unimo2, states: Tensor, labels: Tensor) -> Tensor:
     masked = masked_rows(states, labels)
-    loss = masked_token_loss(model.token_logits(masked.rows), masked.labels)
+    loss = model.token_loss(masked.rows, masked.labels)
     return loss * rank_share(len(masked.labels), device=loss.device)
 
 

@@ -2,7 +2,7 @@
 
 Each file holds one run of the original implementation: configuration, weights, inputs, outputs and gradients. The model
 is rebuilt from the configuration and the weights; the largest error of every output and gradient is printed beside its
-tolerance.
+tolerance. With --run DIR the model and the weights are those that convert.py made of the same original.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,10 +27,12 @@ from vlblocks.losses import masked_token_loss, matching_loss
 from vlblocks.models import import_unimo2
 from vlblocks.nn import fusion
 from vlblocks.ops import SegmentMask
-from vlblocks.training import run_main
-from vlblocks_recipes.unimo2.configs import ContrastConfig, GroundingConfig, ModelConfig, TowerConfig
+from vlblocks.ops.attention import BACKENDS
+from vlblocks.training import config_from_dict, read_json, read_tensors, run_main
+from vlblocks_recipes.unimo2.configs import ModelConfig
 from vlblocks_recipes.unimo2.model import Unimo2
 from vlblocks_recipes.unimo2.objectives import lookup
+from vlblocks_recipes.unimo2.original import measure, model_config
 
 # What a relative error is taken of where the original's number is zero, so that 0 against 0 is no error.
 TINY = 1e-12
@@ -74,50 +77,6 @@ def read_golden(path: Path) -> Golden:
             raise UserError(f"{path}: unknown entry {key!r}; expected param.*, in.*, out.* or grad.*")
         groups[group][name] = torch.from_numpy(array)
     return Golden(config, groups["param"], groups["in"], groups["out"], groups["grad"])
-
-
-def model_config(config: Mapping, params: Mapping[str, Tensor]) -> ModelConfig:
-    """Our configuration of the original's model; sizes that the configuration leaves out are read off the weights."""
-    width = config["hidden_size"]
-
-    def tower(prefix: str, weights: str, eps: float) -> TowerConfig:
-        up = params.get(f"{weights}.encoder_layer_0_ffn_fc_0.w_0")
-        layers = config[f"{prefix}num_hidden_layers"] if up is not None else 0
-        hidden = up.shape[1] if up is not None else 4 * width
-        return TowerConfig(layers, config[f"{prefix}num_attention_heads"], hidden, dropout=0.0, norm_eps=eps)
-
-    def rows(name: str, default: int) -> int:
-        return params[name].shape[0] if name in params else default
-
-    patch, method, project = config["resolution"], config["method"], bool(config["projection"])
-    states = params["vit.position_embeddings"].shape[1] if "vit.position_embeddings" in params else 197
-    side = round((states - 1) ** 0.5)
-    return ModelConfig(
-        width=width,
-        image=tower("vit_", "vit", config.get("vit_layer_norm_eps", 1e-12)),
-        text=tower("text_", "text", 1e-5),
-        joint=tower("", "grounded", 1e-5),
-        image_size=side * patch,
-        patch_size=patch,
-        patch_padding=(patch - 1) // 2,
-        vocab=rows("text.word_embedding", config["text_vocab_size"]),
-        positions=rows("text.pos_embedding", config["text_max_position_embeddings"]),
-        grounding=GroundingConfig(
-            method={"topk": "topk", "normal": "nearest", "none": "none"}[method],
-            codes=rows("vq_emb", config["num_codebook"]),
-            picks=max(config["topk"], 1),
-            project=project and method != "none",
-            positions=bool(config["grounding_pos"]),
-            count_padding=True,
-        ),
-        contrast=ContrastConfig(
-            width=width if project else None,
-            activation="relu" if project else None,
-            share_grounding=project and bool(config["share_projection"]) and method != "none",
-            normalize="none" if method == "none" else "image",
-        ),
-        masked_rows="open",
-    )
 
 
 def text_visibility(given: Tensor) -> tuple[SegmentMask | Tensor, Tensor | None, Tensor]:
@@ -209,18 +168,44 @@ class Original(nn.Module):
         return dense
 
 
-def compare(golden: Golden, dtype: torch.dtype = torch.float64) -> Iterable[Row]:
+class Converted(NamedTuple):
+    """A converted run's own model and weights."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+
+
+def read_converted(folder: Path) -> Converted:
+    """Raises UserError for a folder that convert.py (or train.py) did not write."""
+    saved = read_json(folder / "config.json")
+    if not isinstance(saved, dict) or "model" not in saved:
+        raise UserError(f"{folder / 'config.json'}: is no run's configuration; give what convert.py wrote")
+    config = config_from_dict(ModelConfig, saved["model"], source=folder / "config.json")
+    return Converted(config, read_tensors(folder / "model.safetensors"))
+
+
+def compare(
+    golden: Golden, dtype: torch.dtype = torch.float64, converted: Converted | None = None, backend: str | None = None
+) -> Iterable[Row]:
     """Every output and gradient of the file against ours, with the tolerances for float32.
 
     In float64 what is left is the original's own rounding; float32 adds ours, which at extreme temperatures matters.
+
+    Args:
+        converted: a model and weights to take instead of those in the file.
+        backend: what computes the attention, if not the configuration's own choice.
     """
     try:
-        config = model_config(golden.config, golden.params)
+        config = model_config(golden.config, measure(golden.params))
     except KeyError as error:
         raise UserError(f"its configuration lacks {error}; is the file whole?") from None
+    if converted is not None:
+        config = converted.config
+    if backend is not None:
+        config = replace(config, backend=backend)
     run = Original(Unimo2(config).eval().to(dtype), golden.config)
     params = {name: value.to(dtype, copy=True).requires_grad_() for name, value in golden.params.items()}
-    imported = import_unimo2(params)
+    imported = import_unimo2(params, grid=run.model.image.grid)
     if imported.unused:
         raise UserError(f"weights that nothing uses: {', '.join(imported.unused)}; is the configuration right?")
     if imported.missing:
@@ -232,6 +217,8 @@ def compare(golden: Golden, dtype: torch.dtype = torch.float64) -> Iterable[Row]
     unknown = state.keys() - run.state_dict().keys()
     if unknown:
         raise UserError(f"weights that the model lacks: {', '.join(sorted(unknown))}; is the configuration right?")
+    if converted is not None:
+        state = _stand_ins(state, converted.weights, {name for name, _ in run.named_parameters()}, dtype)
     ours = functional_call(run, state, (golden.inputs,))
 
     real = {"text": None, "image": None}
@@ -258,6 +245,10 @@ def compare(golden: Golden, dtype: torch.dtype = torch.float64) -> Iterable[Row]
             yield Row(f"out.{name}", float(error.max()), 2e-5)
     if golden.grads:
         ours["total_loss"].backward()
+        if converted is not None:
+            # Each original weight is one of ours in another layout, so our gradients are the original's in it.
+            touched = {name: weights[name] for name in weights if state[f"model.{name}"].grad is not None}
+            torch.autograd.backward(list(touched.values()), [state[f"model.{name}"].grad for name in touched])
     for name, theirs in golden.grads.items():
         mine = params[name].grad
         error = (theirs if mine is None else mine.reshape(theirs.shape) - theirs).abs().max()
@@ -266,14 +257,27 @@ def compare(golden: Golden, dtype: torch.dtype = torch.float64) -> Iterable[Row]
         )
 
 
+def _stand_ins(
+    state: Mapping[str, Tensor], weights: Mapping[str, Tensor], trained: Iterable[str], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    lacking = sorted(name for name in state if name.removeprefix("model.") not in weights)
+    if lacking:
+        raise UserError(f"--run: lacks {', '.join(lacking[:3])}; convert the weights that belong to the file")
+    named = {f"model.{name}": tensor.to(dtype, copy=True) for name, tensor in weights.items()}
+    return {name: tensor.requires_grad_(name in trained) for name, tensor in named.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.npz")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="take model and weights that convert.py wrote")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float64", help="what ours computes in")
+    parser.add_argument("--backend", choices=BACKENDS, help="what computes the attention")
     arguments, failed = parser.parse_args(), 0
+    converted = None if arguments.run is None else read_converted(arguments.run)
     for path in arguments.files:
         try:
-            rows = list(compare(read_golden(path), getattr(torch, arguments.dtype)))
+            rows = list(compare(read_golden(path), getattr(torch, arguments.dtype), converted, arguments.backend))
         except UserError as error:
             raise UserError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
         bad = [row for row in rows if not row.ok]

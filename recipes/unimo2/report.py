@@ -81,8 +81,11 @@ def grounding_example(model: Unimo2, pairs: EvalPairs, index: int) -> GroundingE
     for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
         words.append(tokenizer.decode(ids[start:stop]).strip())
         columns.append(fires[:, patches + start : patches + stop].amax(1))
+    picture = pairs.gallery.images[index]
+    side = min(picture.shape[:2])
+    top, left = (round((length - side) / 2) for length in picture.shape[:2])
     return GroundingExample(
-        image=pairs.gallery.images[index],
+        image=picture[top : top + side, left : left + side],  # the model sees the centre
         words=words,
         patch_activations=fires[:, :patches].reshape(-1, *grid).numpy(),
         word_activations=torch.stack(columns, dim=1).numpy(),

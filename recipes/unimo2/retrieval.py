@@ -2,20 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import hashlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
-from vlblocks.evaluation import Reranked, code_overlap, code_usage, rerank
+from vlblocks.data import BadData, read_karpathy
+from vlblocks.errors import UserError
+from vlblocks.evaluation import (
+    FeatureScores,
+    Fold,
+    KeptScores,
+    RetrievalRanks,
+    Shortlist,
+    code_overlap,
+    code_usage,
+    mean_metrics,
+    retrieval_ranks,
+    score_every_pair,
+    shortlist,
+    split_folds,
+    summarize_ranks,
+)
+from vlblocks.evaluation.reranking import PairScorer
+from vlblocks.training import default_mixed_precision, write_json_atomic
 
+from .corpus import EvalPairs, heldout_pairs
 from .model import Unimo2
 from .objectives import Lookup, lookup
 
 Autocast = Callable[[], AbstractContextManager]
+Depth = int | Literal["all"]
+
+CONTRAST_SHARE = 0.3  # of the contrastive score beside the matching logit (spec 26)
+
+
+@dataclass(frozen=True)
+class RetrievalOptions:
+    """Evaluate retrieval; the JSON holds R@1/5/10 and median rank in both directions."""
+
+    run: Path = Path("runs/unimo2-tiny")
+    """Folder of a finished run, pre-trained or fine-tuned."""
+    task: Literal["retrieval"] = "retrieval"
+    pairs: Path | None = None
+    """Karpathy JSON; None: the pairs that the run held out."""
+    images: Path | None = None
+    """Folder of the JSON's images."""
+    split: str = "test"
+    rerank: Depth = 0
+    """Candidates per query that the joint tower scores; "all": every pair, the original protocol; 0: none."""
+    folds: int = 1
+    """Parts of the gallery that are evaluated apart and averaged; 5 gives COCO's 1K figures on its 5K test images."""
+    out: Path | None = None
+    """Folder for retrieval.json and the scores of pairs, by which the same command continues when it was stopped."""
+
+    def check(self) -> None:
+        """Raises UserError for options that make no sense, naming the flag."""
+        if (self.pairs is None) != (self.images is None):
+            raise UserError("--pairs, --images: give both, or neither for the pairs that the run held out")
+        if self.rerank != "all" and self.rerank < 0:
+            raise UserError(f"--rerank: {self.rerank} is no number of candidates; give 0 or more, or all")
+        if self.folds < 1:
+            raise UserError(f"--folds: {self.folds} is no number of parts; give 1 or more")
 
 
 class Embedded(NamedTuple):
@@ -29,9 +85,115 @@ class Embedded(NamedTuple):
     image_lookup: Lookup  # what each image finds on its own
     text_lookup: Lookup  # what each caption finds on its own
 
-    def similarity(self) -> Tensor:
+    def similarity(self) -> FeatureScores:
         """Dual-encoder scores [I, T]."""
-        return F.normalize(self.image_features, dim=-1) @ self.text_features.T
+        return FeatureScores(F.normalize(self.image_features, dim=-1), self.text_features)
+
+
+def evaluate_retrieval(options: RetrievalOptions, *, quiet: bool = False) -> dict[str, float]:
+    """What `eval.py --task retrieval` prints, for a run that was pre-trained or fine-tuned.
+
+    Raises:
+        UserError: naming the flag or the file that is wrong.
+    """
+    # The runs know the tasks, of which retrieval is one.
+    from .runs import load_run, load_task, read_settings
+
+    options.check()
+    if read_settings(options.run).get("task", "pretrain") == "pretrain":
+        config, model, tokenizer = load_run(options.run)
+        bad = BadData(share=config.data.max_bad_share)
+        gallery = None if options.pairs else heldout_pairs(config, bad)
+    else:
+        config, task, net, tokenizer = load_task(options.run, "retrieval")
+        model, bad = net.base, task.bad
+        gallery = None if options.pairs else task.gallery(options.split)
+    if gallery is None:
+        gallery = read_karpathy(options.pairs, options.images, split=options.split, bad=bad).gallery(bad=bad)
+    pairs = EvalPairs(gallery, tokenizer, model.config.image_size, config.data.max_text)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = default_mixed_precision(device) if config.precision == "auto" else config.precision
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16 if device == "cuda" else None}.get(precision)
+
+    def autocast() -> AbstractContextManager:
+        return nullcontext() if dtype is None else torch.autocast(device, dtype)
+
+    found = evaluate_pairs(
+        model.to(device),
+        pairs,
+        depth=options.rerank,
+        folds=options.folds,
+        out=options.out,
+        autocast=autocast,
+        precision=f"{device} {dtype}",
+        quiet=quiet,
+    )
+    found["skipped"] = bad.total
+    if options.out is not None:
+        write_json_atomic(options.out / "retrieval.json", found)
+    return found
+
+
+def evaluate_pairs(
+    model: Unimo2,
+    pairs: EvalPairs,
+    *,
+    depth: Depth = 0,
+    folds: int = 1,
+    out: Path | None = None,
+    autocast: Autocast = nullcontext,
+    precision: str = "",
+    quiet: bool = False,
+) -> dict[str, float]:
+    """Retrieval metrics of a gallery by the dual encoder, and as `rerank_*` after the joint tower.
+
+    Args:
+        depth: candidates per query and direction that the joint tower scores, "all" for every pair, or 0.
+        folds: consecutive parts of the gallery that are evaluated apart; the metrics are their means.
+        out: folder in which pairs' scores are kept; they are used again for the same model, gallery and precision.
+        precision: what `autocast` does, for telling kept scores apart.
+        quiet: without progress bars.
+
+    Raises:
+        UserError: fewer images than folds, or `out` cannot be used.
+    """
+    parts = split_folds(pairs.text_image, len(pairs), folds)
+    images, texts = pairs.image_batches(), pairs.text_batches()
+    digest = None
+    if out is not None and depth:
+        digest = _digest_of(model, precision)
+        images, texts = _digested(images, digest), _digested(texts, digest)
+    with (
+        _bar(len(pairs), "image", quiet) as image_bar,
+        _bar(len(pairs.gallery.captions), "caption", quiet) as text_bar,
+    ):
+        embedded = embed(model, _watched(images, image_bar), _watched(texts, text_bar), autocast=autocast)
+    similarity = embedded.similarity()
+    scores = [similarity if folds == 1 else similarity.part(part.images, part.texts) for part in parts]
+    first = [summarize_ranks(retrieval_ranks(s, part.text_image)) for s, part in zip(scores, parts, strict=True)]
+    metrics = {**mean_metrics(first), **code_metrics(model, embedded, pairs.text_image)}
+    if folds > 1:
+        metrics["folds"] = folds
+    if not depth:
+        return metrics
+
+    lists = [None if depth == "all" else shortlist(score, depth) for score in scores]
+    sizes = [len(p.images) * len(p.texts) if s is None else len(s.pairs) for s, p in zip(lists, parts, strict=True)]
+    metrics["rerank_pairs_scored"] = sum(sizes)
+    with _bar(sum(sizes), "pair", quiet) as bar:
+        scorer: PairScorer = JointScorer(model, embedded, autocast=autocast, advance=bar.update)
+        kept = None
+        if digest is not None:
+            kept = KeptScores(scorer, out, fingerprint=digest.hexdigest()[:16])
+            scorer = _recalling(kept, bar)
+        try:
+            again = [summarize_ranks(_ranks(part, chosen, scorer)) for part, chosen in zip(parts, lists, strict=True)]
+        finally:
+            if kept is not None:
+                kept.save()
+                metrics["rerank_pairs_recalled"] = kept.recalled
+    reranked = mean_metrics(again)
+    return metrics | {f"rerank_{name}": value for name, value in reranked.items() if name != "gallery_size"}
 
 
 @torch.no_grad()
@@ -44,73 +206,121 @@ def embed(
 ) -> Embedded:
     """Run each tower once over batches of images [b, 3, H, W] and of (tokens [b, L], valid [b, L])."""
     device = next(model.parameters()).device
-    sides: tuple[list, list] = ([], [])
+    topk = model.config.grounding.method == "topk"
+    parts: dict[tuple[str, str], list[Tensor]] = {}
+
+    def keep(side: Literal["image", "text"], states: Tensor, valid: Tensor | None, found: Lookup) -> None:
+        fields = {
+            "states": states,
+            "valid": valid,
+            "features": model.features(side, states, valid).float(),
+            # Picked codes are looked up anew for every pair; only their scores are a part's own.
+            "codes": None if topk else found.codes,
+            "indices": found.indices,
+            "scores": getattr(found, f"{side}_scores"),
+        }
+        for name, tensor in fields.items():
+            if tensor is not None:
+                parts.setdefault((side, name), []).append(tensor.cpu())
+
     for image in images:
         with autocast():
             states = model.image(image.to(device))
-            features = model.features("image", states)
-            found = lookup(model, image=states)
-        sides[0].append((states, features, found))
-    valids = []
+            keep("image", states, None, lookup(model, image=states, with_loss=False))
     for tokens, valid in texts:
+        valid = valid.to(device)
         with autocast():
-            valids.append(valid.to(device))
-            states = model.text(tokens.to(device), valids[-1])
-            features = model.features("text", states, valids[-1])
-            found = lookup(model, text=states, text_valid=valids[-1])
-        sides[1].append((states, features, found))
-    longest = max(valid.shape[1] for valid in valids)
+            states = model.text(tokens.to(device), valid)
+            keep("text", states, valid, lookup(model, text=states, text_valid=valid, with_loss=False))
 
-    def whole(parts: list[Tensor | None], pad: int = 0) -> Tensor | None:
-        if parts[0] is None:
-            return None
-        if pad:
-            parts = [F.pad(part, (0, 0) * (part.ndim - 2) + (0, pad - part.shape[1])) for part in parts]
-        return torch.cat(parts).cpu()
+    def whole(side: str, name: str) -> Tensor | None:
+        return _joined(parts.pop((side, name))) if (side, name) in parts else None
 
-    def lookups(parts: list[Lookup], pad: int = 0) -> Lookup:
-        if model.config.grounding.method == "topk":
-            pad = 0
-        fields = [whole([getattr(part, name) for part in parts], pad) for name in ("codes", "indices")]
-        scores = [whole([getattr(part, name) for part in parts]) for name in ("image_scores", "text_scores")]
-        return Lookup(fields[0], fields[1], None, *scores)
-
-    (image_states, image_features, image_found), (text_states, text_features, text_found) = (
-        zip(*side, strict=True) for side in sides
-    )
     return Embedded(
-        image_states=whole(list(image_states)),
-        text_states=whole(list(text_states), longest),
-        text_valid=whole(valids, longest),
-        image_features=whole(list(image_features)).float(),
-        text_features=whole(list(text_features)).float(),
-        image_lookup=lookups(list(image_found)),
-        text_lookup=lookups(list(text_found), longest - 1),
+        image_states=whole("image", "states"),
+        text_states=whole("text", "states"),
+        text_valid=whole("text", "valid"),
+        image_features=whole("image", "features"),
+        text_features=whole("text", "features"),
+        image_lookup=Lookup(
+            whole("image", "codes"), whole("image", "indices"), None, image_scores=whole("image", "scores")
+        ),
+        text_lookup=Lookup(whole("text", "codes"), whole("text", "indices"), None, text_scores=whole("text", "scores")),
     )
 
 
-def rerank_jointly(
-    model: Unimo2, gallery: Embedded, k: int, *, autocast: Autocast = nullcontext, block: int = 256
-) -> Reranked:
-    """Score the k best candidates of each query by the joint tower: matching logit + 0.3 contrastive (spec 26)."""
-    device = next(model.parameters()).device
-    similarity = gallery.similarity()
+def _joined(rows: list[Tensor]) -> Tensor:
+    """Tensors [b, L, ...] of any L as one, padded with zeros; the list is emptied, so that not all is held twice."""
+    shape = [sum(map(len, rows)), max(row.shape[1] for row in rows), *rows[0].shape[2:]]
+    whole, stop = rows[0].new_zeros(shape), shape[0]
+    while rows:
+        row = rows.pop()
+        whole[stop - len(row) : stop, : row.shape[1]] = row
+        stop -= len(row)
+    return whole
+
+
+class JointScorer:
+    """Scores pairs of a gallery by the joint tower: matching logit + 0.3 contrastive (spec 26).
+
+    Args:
+        states: about how many states pass the joint tower at once; None: by the device.
+        advance: told how many pairs were scored, after each batch.
+    """
+
+    def __init__(
+        self,
+        model: Unimo2,
+        gallery: Embedded,
+        *,
+        autocast: Autocast = nullcontext,
+        states: int | None = None,
+        advance: Callable[[int], Any] | None = None,
+    ) -> None:
+        self.model, self.gallery, self.autocast, self.advance = model, gallery, autocast, advance
+        self.device = next(model.parameters()).device
+        self.states = states or (8_192 if self.device.type == "cpu" else 262_144)
+        self.lengths = gallery.text_valid.sum(1)
+        self.similarity = gallery.similarity()
 
     @torch.no_grad()
-    def score(images: Tensor, texts: Tensor) -> Tensor:
-        image, text, valid = gallery.image_states[images], gallery.text_states[texts], gallery.text_valid[texts]
+    def __call__(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Scores [n] float32 of image indices [n] and text indices [n]."""
+        found = torch.empty(len(images))
+        lengths = self.lengths[texts]
+        # Texts of like length together, so that little of a batch is padding.
+        order = lengths.argsort(stable=True)
+        while len(order):
+            longest = int(lengths[order[-1]])
+            batch = max(1, self.states // (self.gallery.image_states.shape[1] + longest))
+            if self.gallery.text_lookup.codes is not None:
+                # A code for each token: those of padding would be seen, so there must be none.
+                batch = min(batch, int((lengths == longest).sum()))
+            rows, order = order[-batch:], order[:-batch]
+            lengths[rows] = 0
+            found[rows] = self._batch(images[rows], texts[rows], longest)
+            if self.advance is not None:
+                self.advance(len(rows))
+        return found
+
+    def _batch(self, images: Tensor, texts: Tensor, longest: int) -> Tensor:
+        gallery, device = self.gallery, self.device
         codes = None
         if gallery.image_lookup.image_scores is not None:
             scores = gallery.image_lookup.image_scores[images] + gallery.text_lookup.text_scores[texts]
-            codes = model.grounded.pick(scores.to(device))[0]
+            codes = self.model.grounded.pick(scores.to(device))[0]
         elif gallery.image_lookup.codes is not None:
-            codes = torch.cat([gallery.image_lookup.codes[images], gallery.text_lookup.codes[texts]], dim=1).to(device)
-        with autocast():
-            joint = model.fuse(image=image.to(device), codes=codes, text=text.to(device), text_valid=valid.to(device))
-            match = model.match_logits(joint)[:, 1].float().cpu()
-        return match + 0.3 * similarity[images, texts]
-
-    return rerank(similarity, k, score, block=block)
+            own = gallery.image_lookup.codes[images], gallery.text_lookup.codes[:, : longest - 1][texts]
+            codes = torch.cat(own, dim=1).to(device)
+        with self.autocast():
+            joint = self.model.fuse(
+                image=gallery.image_states[images].to(device),
+                codes=codes,
+                text=gallery.text_states[:, :longest][texts].to(device),
+                text_valid=gallery.text_valid[:, :longest][texts].to(device),
+            )
+            match = self.model.match_logits(joint)[:, 1].float().cpu()
+        return match + CONTRAST_SHARE * self.similarity.pairs(images, texts)
 
 
 def code_metrics(model: Unimo2, gallery: Embedded, text_image: Tensor) -> dict[str, float]:
@@ -128,3 +338,57 @@ def code_metrics(model: Unimo2, gallery: Embedded, text_image: Tensor) -> dict[s
         "code_overlap_pair": overlap.pair,
         "code_overlap_random": overlap.random,
     }
+
+
+def _ranks(part: Fold, chosen: Shortlist | None, scorer: PairScorer) -> RetrievalRanks:
+    """Ranks in one fold after the scorer has seen a shortlist, or every pair."""
+
+    def ask(images: Tensor, texts: Tensor) -> Tensor:
+        return scorer(part.images[images], part.texts[texts])
+
+    if chosen is not None:
+        return chosen.rerank(ask).ranks(part.text_image)
+    return retrieval_ranks(score_every_pair(len(part.images), len(part.texts), ask), part.text_image)
+
+
+def _recalling(kept: KeptScores, bar: tqdm) -> PairScorer:
+    """The scorer, whose known pairs move the bar, too."""
+
+    def score(images: Tensor, texts: Tensor) -> Tensor:
+        before = kept.recalled
+        scores = kept(images, texts)
+        bar.update(kept.recalled - before)
+        return scores
+
+    return score
+
+
+def _bar(total: int, unit: str, quiet: bool) -> tqdm:
+    # A log file needs no line every tenth of a second.
+    every = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, desc=f"{unit}s", unit=unit, mininterval=every, disable=quiet)
+
+
+def _watched(batches: Iterable[Any], bar: tqdm) -> Iterator[Any]:
+    for batch in batches:
+        yield batch
+        bar.update(len(batch if isinstance(batch, Tensor) else batch[0]))
+
+
+def _digest_of(model: Unimo2, precision: str) -> Any:
+    digest = hashlib.sha256(f"{model.config} {precision}".encode())
+    for name, tensor in model.state_dict().items():
+        _update(digest, name, tensor)
+    return digest
+
+
+def _digested(batches: Iterable[Any], digest: Any) -> Iterator[Any]:
+    for batch in batches:
+        for tensor in (batch,) if isinstance(batch, Tensor) else batch:
+            _update(digest, "batch", tensor)
+        yield batch
+
+
+def _update(digest: Any, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

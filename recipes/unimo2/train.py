@@ -1,53 +1,49 @@
-"""Pre-train UNIMO-2: python recipes/unimo2/train.py [--preset NAME] [--out DIR] [--data.root DIR] ...
+"""Pre-train UNIMO-2, or fine-tune it: python recipes/unimo2/train.py [--preset NAME] [--out DIR] [--data.root DIR] ...
 
 Without a data set it trains on an embedded, generated corpus. The same command continues a run that was stopped.
+With --task NAME --init DIR it fine-tunes for a downstream task: `--task NAME --help` lists that task's flags.
 """
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from vlblocks.errors import UserError
 from vlblocks.training import (
-    NonFiniteGuard,
     RunLog,
     Schedule,
+    Steps,
     adamw,
-    average_gradients,
     barrier,
+    config_from_dict,
     config_to_dict,
-    default_mixed_precision,
+    flag_value,
     is_main,
-    latest_checkpoint,
-    load_checkpoint,
-    load_optimizer,
-    load_weights,
+    make_accelerator,
     parameter_groups,
     parse_config,
-    read_json,
+    prepare_folder,
     read_tensors,
-    require_same_config,
     run_main,
-    save_checkpoint,
+    scale_rates,
     seed_everything,
-    set_lr,
-    set_rng_state,
+    step_generator,
     write_json_atomic,
     write_tensors_atomic,
 )
-from vlblocks_recipes.unimo2.configs import PRESETS, OptimConfig, RunConfig
+from vlblocks_recipes.unimo2.configs import PRESETS, ModelConfig, RunConfig
 from vlblocks_recipes.unimo2.corpus import Corpus
+from vlblocks_recipes.unimo2.finetune import finetune_main
 from vlblocks_recipes.unimo2.model import Unimo2
 from vlblocks_recipes.unimo2.objectives import STREAMS, curve_names
 from vlblocks_recipes.unimo2.report import report
+from vlblocks_recipes.unimo2.runs import base_tensors, load_parts, read_settings
+from vlblocks_recipes.unimo2.tasks import TASKS
 
 # What may differ between the sittings of one run without changing its result.
 FREE_FIELDS = ("out", "restart", "checkpoint_every", "keep_checkpoints", "data.workers")
@@ -58,20 +54,21 @@ OUTPUTS = (
 
 
 def main() -> None:
+    task = flag_value("task", default="pretrain", choices=("pretrain", *TASKS))
+    if task == "pretrain":
+        pretrain()
+    elif task in TASKS:
+        finetune_main(task)
+    else:
+        raise UserError(f"--task {task}: there is no such task; choose one of pretrain, {', '.join(TASKS)}")
+
+
+def pretrain() -> None:
     began = time.monotonic()
-    config = settle(parse_config(PRESETS, description=__doc__))
+    config = settle(parse_config(starting_points(flag_value("init", default="")), description=__doc__))
     out = config.out
-    precision = None if config.precision == "auto" else {"fp32": "no"}.get(config.precision, config.precision)
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if kind == "cpu" and precision == "fp16":
-        raise UserError("--precision fp16: needs a GPU; choose auto, bf16 or fp32")
-    # Told that it is a CPU, accelerate makes torchrun's processes one group; otherwise each would train on its own.
-    accelerator = Accelerator(cpu=kind == "cpu", mixed_precision=precision or default_mixed_precision(kind))
-    if accelerator.device.type == "cpu":
-        torch.use_deterministic_algorithms(True)
-        # It only helps to find reads of memory that nothing wrote, at a tenth of the time.
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    if prepare_folder(config, out):
+    accelerator = make_accelerator(config.precision)
+    if prepare_folder(out, config, restart=config.restart, outputs=OUTPUTS, free=FREE_FIELDS):
         print(f"{out}: this run is finished; --restart begins it anew, another --out keeps both", flush=True)
         print(out)
         return
@@ -81,7 +78,9 @@ def main() -> None:
     model = Unimo2(replace(config.model, vocab=corpus.tokenizer.vocab_size))
     if config.init is not None:
         file = config.init / "model.safetensors" if config.init.is_dir() else config.init
-        load_weights(model, read_tensors(file), source=file)
+        absent = load_parts(model, base_tensors(read_tensors(file)), file, needed=())
+        if absent:
+            accelerator.print(f"{file}: no weights for {', '.join(absent)}, which begin at random", flush=True)
     if is_main() and not begun:
         # Only now: a run that finds no data has not begun, and the corrected command shall not need --restart.
         write_json_atomic(out / "config.json", config_to_dict(config))
@@ -94,6 +93,15 @@ def main() -> None:
         report(model, gallery, out, seconds, extra=extra, autocast=accelerator.autocast)
         print(out, flush=True)
     barrier()
+
+
+def starting_points(init: str) -> dict[str, RunConfig]:
+    """The presets, whose model is the one that the run of --init describes, if it names one."""
+    folder = Path(init) if Path(init).is_dir() else Path(init).parent
+    if not init or not (folder / "config.json").is_file():
+        return PRESETS
+    model = config_from_dict(ModelConfig, read_settings(folder, "--init")["model"], source=folder / "config.json")
+    return {name: replace(preset, model=model) for name, preset in PRESETS.items()}
 
 
 def settle(config: RunConfig) -> RunConfig:
@@ -114,46 +122,25 @@ def settle(config: RunConfig) -> RunConfig:
     return config
 
 
-def prepare_folder(config: RunConfig, out: Path) -> bool:
-    """Make `out` ready to begin or to resume; True when the run in it is finished."""
-    finished = False
-    if is_main():
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {out}: cannot be made ({error.strerror}); name another folder") from None
-        if config.restart:
-            for name in OUTPUTS:
-                path = out / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        if (out / "config.json").exists():
-            source = out / "config.json"
-            require_same_config(read_json(source), config, source=source, ignore=FREE_FIELDS)
-            finished = (out / "metrics.json").exists()
-    barrier()
-    return finished or (not is_main() and (out / "metrics.json").exists())
-
-
 def train(
     config: RunConfig, accelerator: Accelerator, model: Unimo2, corpus: Corpus, began: float
 ) -> tuple[float, int]:
     """Run or continue; returns the seconds of all sittings, this one's since `began`, and the steps skipped."""
     before, start = 0.0, 0
-    o, checkpoints = config.optim, config.out / "checkpoints"
-    optimizer = accelerator.prepare(adamw(optimizer_groups(model, o), lr=o.lr, betas=o.betas, eps=o.eps))
-    schedule = Schedule(kind=o.decay, total=config.max_steps, warmup=int(o.warmup * config.max_steps))
-    guard = NonFiniteGuard()
-    found = latest_checkpoint(checkpoints)
-    if found is not None:
-        saved = load_checkpoint(found)
-        load_weights(model, saved.model, source=found / "model.safetensors")
-        load_optimizer(optimizer.optimizer, saved.optimizer, source=found / "optimizer.safetensors")
-        own = saved.of_rank(accelerator.process_index, accelerator.num_processes)
-        corpus.streams.load_state_dict(own["streams"])
-        guard.load_state_dict(saved.state["guard"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(saved.state["scaler"])
-        set_rng_state(own["rng"])
+    o, stateful = config.optim, {"streams": corpus.streams}
+    groups = parameter_groups(model, weight_decay=o.weight_decay)
+    groups = scale_rates(groups, o.lr, lambda name: o.temperature_lr if name.endswith("temperature") else 1.0)
+    steps = Steps(
+        model,
+        adamw(groups, lr=o.lr, betas=o.betas, eps=o.eps),
+        accelerator=accelerator,
+        schedule=Schedule(kind=o.decay, total=config.max_steps, warmup=int(o.warmup * config.max_steps)),
+        clip=o.clip,
+        folder=config.out / "checkpoints",
+        keep=config.keep_checkpoints,
+    )
+    saved = steps.resume(stateful)
+    if saved is not None:
         start, before = saved.step, saved.state["seconds"]
         accelerator.print(f"{config.out}: continues at step {start} of {config.max_steps}")
 
@@ -161,7 +148,7 @@ def train(
     model.train()
     with RunLog(config.out, total_steps=config.max_steps, objectives=curve_names(config), start_step=start) as log:
         for step in range(start + 1, config.max_steps + 1):
-            set_lr(optimizer.optimizer, schedule(step - 1))
+            steps.begin(step)
             values: dict[str, Tensor] = {}
             total: Tensor | float = 0.0
             for part in range(config.batch.accumulate):
@@ -179,51 +166,15 @@ def train(
                     for name, value in result.losses.items():
                         key = f"{stream}/{name}"
                         values[key] = values.get(key, 0.0) + value.detach() / config.batch.accumulate
-            average_gradients(model.parameters())
-            accelerator.unscale_gradients(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip)
-            # Under fp16 the scaler lowers its scale and skips the step itself when a gradient overflows.
-            watched = {"loss": total} if accelerator.scaler is not None else {"loss": total, "gradient": norm}
-            if guard.check(step, **watched):
-                optimizer.step()
-            elif accelerator.scaler is not None:
-                accelerator.scaler.update()
-            optimizer.zero_grad()
-            log.step(step, {**values, "loss": total, "lr": optimizer.param_groups[0]["lr"], "gradient_norm": norm})
+            norm = steps.take(step, total)
+            log.step(step, {**values, "loss": total, "lr": steps.lr, "gradient_norm": norm})
             if step % config.checkpoint_every == 0 or step == config.max_steps:
                 log.scalars(step, code_usage(model))
                 log.flush()
-                seconds = before + time.monotonic() - began
-                state = {"guard": guard.state_dict(), "seconds": seconds}
-                if accelerator.scaler is not None:
-                    state["scaler"] = accelerator.scaler.state_dict()
-                save_checkpoint(
-                    checkpoints,
-                    step,
-                    model=model.state_dict(),
-                    optimizer=optimizer.optimizer,
-                    state=state,
-                    rank_state={"streams": corpus.streams.state_dict()},
-                    keep=config.keep_checkpoints,
-                )
+                steps.save(step, {"seconds": before + time.monotonic() - began}, stateful)
     if is_main():
         write_tensors_atomic(config.out / "model.safetensors", model.state_dict())
-    return before + time.monotonic() - began, guard.skipped
-
-
-def optimizer_groups(model: Unimo2, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Parameters with and without decay, and the temperatures apart if their learning rate is another."""
-    groups = parameter_groups(model, weight_decay=optim.weight_decay)
-    if optim.temperature_lr == 1:
-        return groups
-    plain = groups.pop()
-    parts: tuple[list, list] = ([], [])
-    for name, parameter in zip(plain["names"], plain["params"], strict=True):
-        parts[name.endswith("temperature")].append((name, parameter))
-    for part, rate in zip(parts, (optim.lr, optim.lr * optim.temperature_lr), strict=True):
-        names, parameters = zip(*part, strict=True)
-        groups.append({**plain, "names": list(names), "params": list(parameters), "lr": rate})
-    return groups
+    return before + time.monotonic() - began, steps.guard.skipped
 
 
 def code_usage(model: Unimo2) -> dict[str, float]:
@@ -236,13 +187,6 @@ def code_usage(model: Unimo2) -> dict[str, float]:
         numbers |= {f"codes/used_{side}": usage.used, f"codes/perplexity_{side}": usage.perplexity}
     model.grounded.reset_usage()
     return numbers
-
-
-def step_generator(seed: int, step: int, part: int, accelerator: Accelerator) -> torch.Generator:
-    """Draws of one step depend on its number alone, so a resumed run repeats them."""
-    generator = torch.Generator(device=accelerator.device)
-    mixed = ((seed * 1_000_003 + step) * 1009 + part) * 1009 + accelerator.process_index
-    return generator.manual_seed(mixed % (1 << 63))
 
 
 if __name__ == "__main__":

@@ -287,3 +287,28 @@ def test_evaluation_batches_keep_the_order(corpus: SceneCorpus, tokenizer: Token
     assert texts == gallery.captions
     with pytest.raises(UserError, match=r"x\.png"):
         next(image_batches(ImageFiles([tmp_path / "x.png"]), transform))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_batches_of_like_lengths_hold_every_example_once_an_epoch(world_size):
+    lengths = np.random.default_rng(3).integers(1, 60, size=1003)
+    ranks = [
+        EpochBatches(1003, 8, seed=4, rank=rank, world_size=world_size, lengths=lengths) for rank in range(world_size)
+    ]
+    plain = EpochBatches(1003, 8, seed=4)
+    spreads: dict[str, list[int]] = {"like": [], "any": []}
+    keys = []
+    for step in range(3 * 1003 // (8 * world_size)):
+        whole = [key for batches in ranks for key in batches.batch(step)]
+        keys += whole
+        if len({epoch for epoch, _ in whole}) == 1:
+            spreads["like"].append(np.ptp([lengths[index] for _, index in whole]))
+        spreads["any"].append(np.ptp([lengths[index] for _, index in plain.batch(step)]))
+    for epoch in range(2):
+        assert sorted(index for of, index in keys if of == epoch) == list(range(1003))
+    assert np.mean(spreads["like"]) < 0.3 * np.mean(spreads["any"])
+    # Epochs differ in order, and short and long batches come mixed.
+    orders = [[index for of, index in keys if of == epoch] for epoch in range(2)]
+    assert orders[0] != orders[1]
+    means = [np.mean(lengths[orders[0][start : start + 8]]) for start in range(0, 1000, 8)]
+    assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.5

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from statistics import median
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,11 +13,14 @@ from hypothesis import strategies as st
 from vlblocks.errors import UserError
 from vlblocks.evaluation import retrieval
 from vlblocks.evaluation.retrieval import (
+    FeatureScores,
     bootstrap_intervals,
     chance_levels,
-    rerank,
+    mean_metrics,
     retrieval_metrics,
     retrieval_ranks,
+    score_blocks,
+    split_folds,
 )
 
 
@@ -84,7 +88,77 @@ def test_a_score_that_is_no_number_never_helps():
     assert retrieval_ranks(scores, owner).image_to_text.tolist() == [1, 2, 1]
 
 
+def test_lists_and_arrays_are_taken_as_tensors_are():
+    scores, owner = torch.randn(5, 9), torch.tensor([0, 1, 1, 2, 4, 3, 3, 0, 2])
+    expected = retrieval_metrics(scores, owner)
+    read_only = scores.numpy().copy()
+    read_only.setflags(write=False)
+    backwards = scores.numpy()[:, ::-1].copy()[:, ::-1]
+    for own in (owner.tolist(), tuple(owner.tolist()), owner.numpy(), owner.numpy().astype(np.int32)):
+        for given_scores in (scores.tolist(), scores.numpy(), read_only, backwards, scores.numpy().astype(np.float64)):
+            assert retrieval_metrics(given_scores, own) == expected
+    # Whole numbers are scores, too, and NumPy's median is the same.
+    whole = np.array([[3, 1, 2], [1, 3, 2]])
+    assert retrieval_metrics(whole, [0, 1, 1])["text_to_image_median_rank"] == np.median([1, 1, 2])
+    assert chance_levels(owner.tolist()) == chance_levels(owner.numpy()) == chance_levels(owner)
+
+
+def test_scores_of_features_are_ranked_block_by_block(monkeypatch):
+    image, text = torch.randn(2, 11, 6).double(), torch.randn(23, 6).double()
+    image, owner = image[0], torch.randint(11, (23,))
+    expected = retrieval_ranks(image @ text.T, owner)
+    assert [start for start, _ in score_blocks(FeatureScores(image, text))] == [0]
+    monkeypatch.setattr(retrieval, "_BLOCK_ELEMENTS", 3 * 23)
+    scores = FeatureScores(image, text)
+    assert [(start, len(block)) for start, block in score_blocks(scores)] == [(0, 3), (3, 3), (6, 3), (9, 2)]
+    for found, right in zip(retrieval_ranks(scores, owner), expected, strict=True):
+        assert torch.equal(found, right)
+    images, texts = torch.tensor([4, 4, 0]), torch.tensor([1, 22, 7])
+    torch.testing.assert_close(scores.pairs(images, texts), (image @ text.T)[images, texts])
+    part = scores.part(torch.tensor([2, 9]), torch.tensor([5, 6, 7]))
+    torch.testing.assert_close(part.rows(0, 2), (image @ text.T)[[2, 9]][:, 5:8])
+
+
+def test_the_whole_of_a_large_gallery_is_never_held(monkeypatch):
+    monkeypatch.setattr(retrieval, "_BLOCK_ELEMENTS", 40)
+    largest, rows = 0, FeatureScores.rows
+
+    def watched(self, start, stop):
+        nonlocal largest
+        block = rows(self, start, stop)
+        largest = max(largest, block.numel())
+        return block
+
+    monkeypatch.setattr(FeatureScores, "rows", watched)
+    retrieval_metrics(FeatureScores(torch.randn(30, 4), torch.randn(20, 4)), torch.arange(20))
+    assert largest == 40
+
+
+def test_folds_by_hand():
+    # Images 0 to 4 with 1, 2, 0, 1 and 2 captions, which need not come in order.
+    first, second = split_folds([4, 1, 0, 3, 1, 4], 5, 2)
+    assert first.images.tolist() == [0, 1, 2] and second.images.tolist() == [3, 4]
+    assert first.texts.tolist() == [1, 2, 4] and first.text_image.tolist() == [1, 0, 1]
+    assert second.texts.tolist() == [0, 3, 5] and second.text_image.tolist() == [1, 0, 1]
+    assert [part.images.tolist() for part in split_folds([0, 1, 2], 3, 3)] == [[0], [1], [2]]
+    with pytest.raises(UserError, match="--folds: 4 parts of 3 images; give at most 3"):
+        split_folds([0, 1, 2], 3, 4)
+
+
+def test_metrics_of_folds_are_means():
+    folds = [{"text_to_image_r1": 0.25, "gallery_size": 3.0}, {"text_to_image_r1": 0.75, "gallery_size": 2.0}]
+    assert mean_metrics(folds) == {"text_to_image_r1": 0.5, "gallery_size": 2.5}
+
+
 def test_wrong_shapes_and_indices_are_named():
+    with pytest.raises(UserError, match="scores: not numbers in rows of one length"):
+        retrieval_metrics([[1.0, 2.0], [3.0]], [0, 1])
+    with pytest.raises(UserError, match=r"scores: expected \[images, texts\], got \[3\]"):
+        retrieval_metrics([1.0, 2.0, 3.0], [0, 1, 1])
+    with pytest.raises(UserError, match=r"text_image: holds torch\.float64; give the whole number"):
+        retrieval_metrics(torch.zeros(2, 2), [0.0, 1.0])
+    with pytest.raises(UserError, match=r"features: expected \[I, F\] and \[T, F\]"):
+        FeatureScores(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(UserError, match="text_image"):
         retrieval_ranks(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))
     with pytest.raises(UserError, match="holds 2, but images are 0 to 1"):
@@ -162,59 +236,3 @@ def test_random_scores_land_on_the_chance_levels():
     levels = chance_levels(owner)
     for name in ("text_to_image_r1", "text_to_image_r10", "image_to_text_r1", "image_to_text_r10"):
         assert sum(run[name] for run in runs) / len(runs) == pytest.approx(levels[name], abs=0.012)
-
-
-def slow_rerank(scores, owner, k, better):
-    """Two full orders from sorted lists: the shortlist by the better scores, the rest as it was."""
-    images, texts = scores.shape
-    by_text, by_image = [], []
-    for t in range(texts):
-        order = sorted(range(images), key=lambda i: -scores[i, t].item())
-        order = sorted(order[:k], key=lambda i: -better[i, t].item()) + order[k:]
-        by_text.append(1 + order.index(owner[t]))
-    for i in range(images):
-        order = sorted(range(texts), key=lambda t: -scores[i, t].item())
-        order = sorted(order[:k], key=lambda t: -better[i, t].item()) + order[k:]
-        places = [order.index(t) for t in range(texts) if owner[t] == i]
-        # Own captions ahead of the best one cannot be; those behind do not count.
-        by_image.append(1 + min(places) if places else 0)
-    return by_text, by_image
-
-
-@settings(derandomize=True, deadline=None, max_examples=25)
-@given(
-    images=st.integers(1, 6),
-    texts=st.integers(1, 12),
-    k=st.integers(1, 14),
-    block=st.sampled_from([1, 5, 1000]),
-    seed=st.integers(0, 1000),
-)
-def test_rerank_equals_the_slow_reference_and_scores_each_pair_once(images, texts, k, block, seed):
-    generator = torch.Generator().manual_seed(seed)
-    scores, better = torch.randn(2, images, texts, generator=generator)
-    owner = torch.randint(images, (texts,), generator=generator)
-    seen = []
-
-    def scorer(image, text):
-        assert len(image) <= block
-        seen.extend(zip(image.tolist(), text.tolist(), strict=True))
-        return better[image, text]
-
-    found = rerank(scores, k, scorer, block=block)
-    ranks = found.ranks(owner)
-    assert (ranks.text_to_image.tolist(), ranks.image_to_text.tolist()) == slow_rerank(
-        scores, owner.tolist(), k, better
-    )
-    assert len(seen) == len(set(seen)) == found.pairs_scored
-    assert seen == sorted(seen)
-
-
-def test_rerank_counts_ties_against_the_query_and_rejects_a_wrong_scorer():
-    owner = torch.arange(4)
-    found = rerank(torch.eye(4), 3, lambda image, text: torch.zeros(len(image)))
-    assert found.ranks(owner).text_to_image.tolist() == [3, 3, 3, 3]
-    assert found.ranks(owner).image_to_text.tolist() == [3, 3, 3, 3]
-    with pytest.raises(UserError, match=r"scorer: returned shape \[.*, 2\]"):
-        rerank(torch.eye(4), 2, lambda image, text: torch.zeros(len(image), 2))
-    with pytest.raises(UserError, match="k: must be"):
-        rerank(torch.eye(4), 0, lambda image, text: torch.zeros(len(image)))

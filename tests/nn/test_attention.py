@@ -214,6 +214,27 @@ def test_reordered_beams_go_on_from_their_origins():
     assert empty.keys is None and empty.values is None and empty.length == 0
 
 
+@pytest.mark.parametrize("with_gradient", [False, True])
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_refused_step_leaves_the_cache_as_it_was(before, with_gradient):
+    block = random_biases(Attention(width=12, heads=3, dtype=F64)).requires_grad_(with_gradient)
+    causal = lambda total, n: SegmentMask.single(length=total, causal=True).last_queries(n)  # noqa: E731
+    x, cache = torch.randn(2, before + 1, 12, dtype=F64), KVCache()
+    want = block(x, mask=causal(before + 1, before + 1))[:, -1:]
+    if before:
+        block(x[:, :before], mask=causal(before, before), cache=cache)
+    kept = None if cache.keys is None else cache.keys.clone()
+    for wrong in (causal(before + 3, 1), torch.ones(1, 1, 1, before + 7, dtype=torch.bool)):
+        with pytest.raises(UserError, match="mask"):
+            block(torch.randn(2, 1, 12, dtype=F64), mask=wrong, cache=cache)
+    # Of another batch, too: what is tried first must not fix the size of what comes next.
+    with pytest.raises(UserError, match="mask"):
+        block(torch.randn(2 if before else 5, 1, 12, dtype=F64), mask=causal(before + 2, 1), cache=cache)
+    assert cache.length == before
+    assert cache.keys is None if kept is None else torch.equal(cache.keys, kept)
+    torch.testing.assert_close(block(x[:, before:], mask=causal(before + 1, 1), cache=cache), want)
+
+
 def test_mistakes_are_named():
     with pytest.raises(UserError, match="heads=5 does not divide width=12"):
         Attention(width=12, heads=5)

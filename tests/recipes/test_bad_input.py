@@ -261,7 +261,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(on_squares, tmp_path, call, no
     def keep(folder, step, *, model, **_):
         weights[step] = {name: value.clone() for name, value in model.items()}
 
-    monkeypatch.setattr(train, "save_checkpoint", keep)
+    monkeypatch.setattr("vlblocks.training.loop.save_checkpoint", keep)
     done = call(train, *on_squares, "--max-steps", "4", "--checkpoint-every", "1", "--out", tmp_path / "run")
     assert done.code == 0, done.err
     changed = [

@@ -2,15 +2,17 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from vlblocks.data import BadData
 from vlblocks.evaluation import retrieval_ranks, summarize_ranks
 from vlblocks_recipes.unimo2 import eval as evaluation
-from vlblocks_recipes.unimo2 import train
+from vlblocks_recipes.unimo2 import retrieval, runs, train
 from vlblocks_recipes.unimo2.corpus import EvalPairs, heldout_pairs
 from vlblocks_recipes.unimo2.objectives import lookup
 
@@ -66,8 +68,8 @@ def test_a_data_set_of_ones_own(trained, squares, call):
 @torch.no_grad()
 def scores_of_every_pair(folder):
     """[I, T] scores of spec item 26, each pair alone through towers, codes and joint tower."""
-    config, model, tokenizer = evaluation.load_run(folder)
-    gallery = heldout_pairs(config, evaluation.BadData())
+    config, model, tokenizer = runs.load_run(folder)
+    gallery = heldout_pairs(config, BadData())
     pairs = EvalPairs(gallery, tokenizer, config.model.image_size, config.data.max_text)
     rows = []
     for index in range(len(pairs)):
@@ -83,17 +85,86 @@ def scores_of_every_pair(folder):
     return torch.stack(rows), pairs.text_image
 
 
-@pytest.mark.parametrize("flags", [(), ("--no-grounding",)], ids=["grounded", "no grounding"])
+KINDS = [(), ("--no-grounding",), ("--model.grounding.method", "nearest")]
+
+
+@pytest.mark.parametrize("flags", KINDS, ids=["grounded", "no grounding", "a code for each token"])
 def test_reranking_everything_equals_scoring_every_pair(run_of, call, flags):
     folder = run_of(*flags)
     scores, text_image = scores_of_every_pair(folder)
     assert scores.std() > 0.1
     expected = summarize_ranks(retrieval_ranks(scores, text_image))
     found = evaluate(call, "--run", folder, "--rerank", "1000")
+    assert evaluate(call, "--run", folder, "--rerank", "all") == found
     assert {name: found[f"rerank_{name}"] for name in RANKS} == {name: expected[name] for name in RANKS}
     assert found["rerank_pairs_scored"] == scores.numel()
     assert any(found[f"rerank_{name}"] != found[name] for name in RANKS)
     assert (found.keys() >= CODES) == (not flags)
+
+
+def test_folds_are_galleries_of_their_own(run_of, call):
+    folder = run_of()
+    scores, text_image = scores_of_every_pair(folder)
+    # Ten images in three parts, as equal as can be, each with its two captions.
+    parts = [(0, 4), (4, 7), (7, 10)]
+    by_hand = [
+        summarize_ranks(retrieval_ranks(scores[first:last, 2 * first : 2 * last], text_image[: 2 * (last - first)]))
+        for first, last in parts
+    ]
+    found = evaluate(call, "--run", folder, "--rerank", "all", "--folds", "3")
+    assert found["folds"] == 3 and found["gallery_size"] == pytest.approx(10 / 3)
+    assert found["rerank_pairs_scored"] == sum(2 * (last - first) ** 2 for first, last in parts)
+    for name in RANKS:
+        assert found[f"rerank_{name}"] == pytest.approx(sum(part[name] for part in by_hand) / 3)
+    listed = evaluate(call, "--run", folder, "--rerank", "8", "--folds", "3")
+    assert {name: listed[f"rerank_{name}"] for name in RANKS} == {name: found[f"rerank_{name}"] for name in RANKS}
+
+
+def test_a_killed_evaluation_continues_with_the_scores_it_had(run_of, call, tmp_path, monkeypatch):
+    folder, out = run_of(), tmp_path / "evaluation"
+    flags = ("--run", folder, "--rerank", "all")
+    whole = evaluate(call, *flags)
+    monkeypatch.setattr(retrieval, "score_every_pair", partial(retrieval.score_every_pair, block=16))
+    own, scored = retrieval.JointScorer._batch, []
+
+    def until(limit):
+        def batch(self, images, texts, longest):
+            if sum(scored) >= limit:
+                raise KeyboardInterrupt
+            scored.append(len(images))
+            return own(self, images, texts, longest)
+
+        monkeypatch.setattr(retrieval.JointScorer, "_batch", batch)
+
+    until(limit=50)
+    assert call(evaluation, *flags, "--out", out).code == 130
+    first = sum(scored)
+    assert 50 <= first < 200
+    scored.clear()
+    until(limit=1000)
+    found = evaluate(call, *flags, "--out", out)
+    # What was scored in blocks that ended is not scored again.
+    assert sum(scored) == 200 - found["rerank_pairs_recalled"] and found["rerank_pairs_recalled"] >= first - 16 > 0
+    assert {**found, "rerank_pairs_recalled": 0} == {**whole, "rerank_pairs_recalled": 0}
+    assert json.loads((out / "retrieval.json").read_text()) == found
+
+    # The same pairs serve a shorter list and folds; another model's or other data's do not.
+    scored.clear()
+    assert evaluate(call, "--run", folder, "--rerank", "4", "--folds", "2", "--out", out)["rerank_pairs_recalled"] > 0
+    assert not scored
+    weights = load_file(folder / "model.safetensors")
+    weights["matching.dense.weight"] += 0.1
+    save_file(weights, folder / "model.safetensors")
+    assert evaluate(call, *flags, "--out", out)["rerank_pairs_recalled"] == 0
+    assert sum(scored) == 200
+
+
+def test_progress_is_shown_with_the_time_left(run_of, call):
+    done = call(evaluation, "--run", run_of(), "--rerank", "all")
+    assert json.loads(done.out)["rerank_pairs_scored"] == 200
+    for line in ("images: 100%", "captions: 100%", "pairs: 100%"):
+        assert line in done.err
+    assert "200/200 [00:" in done.err and "pair/s" in done.err
 
 
 def test_reranking_one_candidate_keeps_the_first(run_of, call):
@@ -105,7 +176,7 @@ def test_reranking_one_candidate_keeps_the_first(run_of, call):
 def test_every_image_and_caption_passes_its_tower_once(run_of, call, monkeypatch):
     folder = run_of()
     counts = {"image": 0, "text": 0}
-    own = evaluation.load_run
+    own = runs.load_run
 
     def counted(run):
         config, model, tokenizer = own(run)
@@ -117,7 +188,7 @@ def test_every_image_and_caption_passes_its_tower_once(run_of, call, monkeypatch
             getattr(model, name).register_forward_pre_hook(count)
         return config, model, tokenizer
 
-    monkeypatch.setattr(evaluation, "load_run", counted)
+    monkeypatch.setattr(runs, "load_run", counted)
     evaluate(call, "--run", folder, "--rerank", "8")
     assert counts == {"image": 10, "text": 20}
 
@@ -139,6 +210,9 @@ def test_mistakes(trained, squares, tmp_path, call):
         (("--pairs", json_file), ["--pairs, --images", "both"]),
         (("--images", images), ["--pairs, --images", "both"]),
         (("--rerank", "-1"), ["--rerank", "0 or more"]),
+        (("--rerank", "every"), ["--rerank"]),
+        (("--folds", "0"), ["--folds", "1 or more"]),
+        (("--folds", "401"), ["--folds", "400 images", "at most 400"]),
         (("--split", "tset", "--pairs", json_file, "--images", images), [json_file, "'tset'", "test, train, val"]),
         (("--pairs", tmp_path / "other.json", "--images", images), [tmp_path / "other.json", "Karpathy"]),
         (("--pairs", json_file, "--images", tmp_path), [tmp_path, "test_00.png"]),

@@ -1,7 +1,19 @@
 """Data: an embedded corpus, the field's formats, tokenizer, masking, transforms, and the mixer of three streams."""
 
 from vlblocks.data.batching import Collate, image_batches, pad_tokens, text_batches
-from vlblocks.data.formats import Layout, Subset, locate, read_image_folder, read_karpathy, read_texts, split_pairs
+from vlblocks.data.entailment import EntailmentFiles, EntailmentRows, locate_entailment, read_entailment
+from vlblocks.data.formats import (
+    ImageClasses,
+    Layout,
+    Subset,
+    locate,
+    read_image_classes,
+    read_image_folder,
+    read_karpathy,
+    read_texts,
+    split_pairs,
+)
+from vlblocks.data.glue import GLUE, GlueFormat, GlueTexts, glue_format, read_glue
 from vlblocks.data.masking import MaskedTokens, SpanMasking
 from vlblocks.data.scenes import SceneCorpus
 from vlblocks.data.sources import (
@@ -14,18 +26,43 @@ from vlblocks.data.sources import (
     Skipped,
     read_image,
 )
-from vlblocks.data.streams import EpochBatches, ImageDataset, PairDataset, StreamMixer, TextDataset, stream_loader
+from vlblocks.data.streams import (
+    EpochBatches,
+    ImageDataset,
+    PairDataset,
+    StreamMixer,
+    TextDataset,
+    next_readable,
+    stream_loader,
+)
 from vlblocks.data.tokenizer import Tokenizer, load_hf_bpe, load_roberta_bpe, train_tokenizer
 from vlblocks.data.transforms import ImageTransform, TwoViews, eval_transform, seeded, train_transform
+from vlblocks.data.vqa import (
+    VqaFiles,
+    VqaQuestion,
+    VqaQuestions,
+    answer_list,
+    check_answer_list,
+    locate_vqa,
+    read_answer_list,
+    read_vqa,
+    soft_targets,
+)
 from vlblocks.data.world import Scene, Thing, render
 
 __all__ = [
+    "GLUE",
     "BadData",
     "BadExampleError",
     "CaptionedImages",
     "Collate",
+    "EntailmentFiles",
+    "EntailmentRows",
     "EpochBatches",
     "Gallery",
+    "GlueFormat",
+    "GlueTexts",
+    "ImageClasses",
     "ImageDataset",
     "ImageFiles",
     "ImageSource",
@@ -43,18 +80,33 @@ __all__ = [
     "Thing",
     "Tokenizer",
     "TwoViews",
+    "VqaFiles",
+    "VqaQuestion",
+    "VqaQuestions",
+    "answer_list",
+    "check_answer_list",
     "eval_transform",
+    "glue_format",
     "image_batches",
     "load_hf_bpe",
     "load_roberta_bpe",
     "locate",
+    "locate_entailment",
+    "locate_vqa",
+    "next_readable",
     "pad_tokens",
+    "read_answer_list",
+    "read_entailment",
+    "read_glue",
     "read_image",
+    "read_image_classes",
     "read_image_folder",
     "read_karpathy",
     "read_texts",
+    "read_vqa",
     "render",
     "seeded",
+    "soft_targets",
     "split_pairs",
     "stream_loader",
     "text_batches",

@@ -158,6 +158,55 @@ def split_pairs(data: CaptionedImages, *, fraction: float, seed: int = 0) -> Sub
     return Subset(pairs, Chosen(data.images, rest), [texts[i] for i in shuffled])
 
 
+class ImageClasses(NamedTuple):
+    """Pictures with one class each.
+
+    Attributes:
+        images: N pictures by index, uint8 [H, W, 3].
+        labels: N indices of `names`.
+        names: of the classes.
+    """
+
+    images: ImageFiles
+    labels: list[int]
+    names: list[str]
+
+
+def read_image_classes(
+    root: str | Path, *, names: Sequence[str] | None = None, resolution: int | None = None, cache_bytes: int = 2**30
+) -> ImageClasses:
+    """A folder with a folder of pictures for each class (ImageNet's layout), in sorted order.
+
+    Args:
+        names: the classes by index; None: the folders' names, sorted. A folder may be absent, but none be unknown.
+
+    Raises:
+        UserError: there is no such folder, it holds no class or no picture, or a class that is not in `names`.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder of images; check the path")
+    found = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not found:
+        raise UserError(f"{root}: holds no folder of a class; put the pictures of each class into a folder of its name")
+    known = list(found if names is None else names)
+    unknown = next((name for name in found if name not in known), None)
+    if unknown is not None:
+        raise UserError(
+            f"{root / unknown}: is none of the {len(known)} classes there are ({', '.join(known[:5])}, ...); "
+            "pass pictures of those"
+        )
+    files = [(path, known.index(name)) for name in found for path in _pictures(root / name)]
+    if not files:
+        raise UserError(f"{root}: holds no picture; pass folders of {', '.join(sorted(IMAGE_SUFFIXES))} files")
+    images = ImageFiles([path for path, _ in files], resolution=resolution, cache_bytes=cache_bytes)
+    return ImageClasses(images, [label for _, label in files], known)
+
+
+def _pictures(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+
+
 def read_image_folder(root: str | Path, *, resolution: int | None = None, cache_bytes: int = 2**30) -> ImageFiles:
     """All pictures in a folder and the folders in it, by name in sorted order; opened when asked for.
 
@@ -167,7 +216,7 @@ def read_image_folder(root: str | Path, *, resolution: int | None = None, cache_
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder of images; check the path")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    paths = _pictures(root)
     if not paths:
         raise UserError(f"{root}: holds no picture; pass a folder of {', '.join(sorted(IMAGE_SUFFIXES))} files")
     return ImageFiles(paths, resolution=resolution, cache_bytes=cache_bytes)

@@ -21,6 +21,7 @@ from vlblocks.errors import UserError
 
 Key = tuple[int, int]  # epoch, index
 STREAMS = ("pairs", "images", "texts")
+_STRETCH = 32  # batches among which examples of like length find each other
 
 
 class MaskedTexts:
@@ -91,7 +92,7 @@ class PairDataset(Dataset[Example]):
     def __getitem__(self, key: Key) -> Example:
         epoch, index = key
         rng = np.random.default_rng((self.seed, 1, epoch, index))
-        picture, found, skipped = _next_readable(self.data.images, index, "pairs/image")
+        picture, found, skipped = next_readable(self.data.images, index, "pairs/image")
         captions = self.data.captions[found]
         text = captions[int(rng.integers(len(captions)))]
         return {
@@ -121,7 +122,7 @@ class ImageDataset(Dataset[Example]):
     def __getitem__(self, key: Key) -> Example:
         epoch, index = key
         rng = np.random.default_rng((self.seed, 2, epoch, index))
-        picture, _, skipped = _next_readable(self.images, index, "images/image")
+        picture, _, skipped = next_readable(self.images, index, "images/image")
         views = self.transform(picture, int(rng.integers(2**62)))
         return {"image": views.image, "image2": views.image2, "skipped": skipped}
 
@@ -158,12 +159,24 @@ class EpochBatches(Sampler[list[Key]]):
     The epochs are laid end to end and cut into global batches, of which each rank takes its part; so a batch may begin
     in one epoch and end in the next, none is short, and a position is one integer, the number of batches gone by.
 
+    Args:
+        size: of the data.
+        lengths: [size] of the examples; given, those of like length share a batch, so that little of it is padding.
+
     Raises:
         UserError: the global batch is larger than the data, or the data is empty.
     """
 
     def __init__(
-        self, size: int, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1, name: str = "data"
+        self,
+        size: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        name: str = "data",
+        lengths: Sequence[int] | None = None,
     ) -> None:
         if size < 1:
             raise UserError(f"{name}: no examples; check the data's path and split")
@@ -180,6 +193,7 @@ class EpochBatches(Sampler[list[Key]]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.lengths = None if lengths is None else np.asarray(lengths)
         self.start = 0
 
     def __iter__(self) -> BatchIterator:
@@ -194,9 +208,27 @@ class EpochBatches(Sampler[list[Key]]):
             epoch, place = divmod(position, self.size)
             if epoch not in orders:
                 orders.pop(epoch - 2, None)
-                orders[epoch] = np.random.default_rng((self.seed, 5, epoch)).permutation(self.size)
+                orders[epoch] = self.order(epoch)
             keys.append((epoch, int(orders[epoch][place])))
         return keys
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The order of an epoch, [size]; with lengths, sorted within stretches of batches that are then shuffled."""
+        rng = np.random.default_rng((self.seed, 5, epoch))
+        order = rng.permutation(self.size)
+        if self.lengths is None:
+            return order
+        whole = self.batch_size * self.world_size
+        # An epoch begins within a batch of the one before.
+        first = -epoch * self.size % whole
+        pieces = [order[:first]]
+        for start in range(first, self.size, _STRETCH * whole):
+            stretch = order[start : start + _STRETCH * whole]
+            stretch = stretch[np.argsort(self.lengths[stretch], kind="stable")]
+            batches = np.split(stretch, range(whole, len(stretch), whole))
+            short = [batches.pop()] if len(batches[-1]) < whole else []
+            pieces += [batches[i] for i in rng.permutation(len(batches))] + short
+        return np.concatenate(pieces)
 
 
 class BatchIterator(Iterator[list[Key]]):
@@ -365,7 +397,12 @@ class StreamMixer(Iterator[dict[str, Batch]]):
         }
 
 
-def _next_readable(images: ImageSource, index: int, kind: str) -> tuple[np.ndarray, int, list[Skipped]]:
+def next_readable(images: ImageSource, index: int, kind: str) -> tuple[np.ndarray, int, list[Skipped]]:
+    """The picture at `index`, or the next one that can be read: it, its index, and those passed over.
+
+    Raises:
+        UserError: none can be read.
+    """
     skipped: list[Skipped] = []
     total = len(images)
     for offset in range(total):

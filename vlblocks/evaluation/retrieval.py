@@ -1,4 +1,4 @@
-"""Image-text retrieval: ranks, recall, intervals, chance, and re-ranking of a shortlist by a slower scorer.
+"""Image-text retrieval: ranks, recall, intervals and chance, of scores that need not be held whole.
 
 A rank is 1 for the best. Ties are counted against the query: a wrong candidate with the same score (or a score that is
 no number) stands before the right one, so that a model that gives every pair the same score is at the bottom, not at
@@ -7,29 +7,100 @@ the top.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vlblocks.errors import UserError
 
 __all__ = [
-    "Reranked",
+    "FeatureScores",
+    "Fold",
     "RetrievalRanks",
+    "Scores",
+    "as_scores",
     "bootstrap_intervals",
     "chance_levels",
-    "rerank",
+    "mean_metrics",
     "retrieval_metrics",
     "retrieval_ranks",
+    "score_blocks",
+    "split_folds",
     "summarize_ranks",
 ]
 
 DEFAULT_KS = (1, 5, 10)
 _BLOCK_ELEMENTS = 16_000_000  # scores that are compared at once
 
-PairScorer = Callable[[Tensor, Tensor], Tensor]
+
+class FeatureScores:
+    """Scores [I, T] of a dual encoder: products of features, made a block of rows at a time and never held whole.
+
+    Args:
+        image: [I, F]; normalised already where the score is a cosine.
+        text: [T, F].
+
+    Raises:
+        UserError: the features are not two matrices of one width.
+    """
+
+    def __init__(self, image: Tensor, text: Tensor) -> None:
+        if image.ndim != 2 or text.ndim != 2 or image.shape[1] != text.shape[1]:
+            raise UserError(f"features: expected [I, F] and [T, F], got {list(image.shape)} and {list(text.shape)}")
+        self.image, self.text = image, text
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """I, T."""
+        return len(self.image), len(self.text)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the features are."""
+        return self.image.device
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Scores [b, T] of the images from `start` to `stop`."""
+        return self.image[start:stop] @ self.text.T
+
+    def pairs(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Scores [n] of image indices [n] with text indices [n]."""
+        return torch.linalg.vecdot(self.image[images], self.text[texts])
+
+    def part(self, images: Tensor, texts: Tensor) -> FeatureScores:
+        """The same among some images and some texts only."""
+        return FeatureScores(self.image[images], self.text[texts])
+
+
+Scores = Tensor | FeatureScores
+
+
+def as_scores(scores: Any) -> Scores:
+    """Scores [I, T] as a floating-point tensor or :class:`FeatureScores`, from tensors, arrays or nested lists.
+
+    Raises:
+        UserError: it is no matrix of numbers with at least one image and one text.
+    """
+    if not isinstance(scores, FeatureScores):
+        scores = _tensor("scores", scores)
+        scores = scores if scores.is_floating_point() else scores.double()
+        if scores.ndim != 2:
+            raise UserError(f"scores: expected [images, texts], got {list(scores.shape)}")
+    if 0 in scores.shape:
+        raise UserError("nothing to rank: give at least one image and one text")
+    return scores
+
+
+def score_blocks(scores: Scores) -> Iterator[tuple[int, Tensor]]:
+    """(first row, scores [b, T] of some rows), in order; the same blocks, to the bit, every time."""
+    images, texts = scores.shape
+    rows = max(1, _BLOCK_ELEMENTS // texts)
+    for start in range(0, images, rows):
+        stop = min(start + rows, images)
+        yield start, scores.rows(start, stop) if isinstance(scores, FeatureScores) else scores[start:stop]
 
 
 class RetrievalRanks(NamedTuple):
@@ -47,13 +118,13 @@ class RetrievalRanks(NamedTuple):
     text_image: Tensor
 
 
-def retrieval_metrics(scores: Tensor, text_image: Tensor, *, ks: Sequence[int] = DEFAULT_KS) -> dict[str, float]:
+def retrieval_metrics(scores: Any, text_image: Any, *, ks: Sequence[int] = DEFAULT_KS) -> dict[str, float]:
     """R@k and median rank in both directions, and the gallery's size.
 
     Args:
-        scores: [I, T], higher is more alike; any float type.
-        text_image: [T] long, the row of ``scores`` that each text belongs to. Images without a text are distractors.
-            Of a `vlblocks.data.Gallery`: ``torch.tensor(gallery.owners)``.
+        scores: [I, T], higher is more alike: a tensor, array or list of lists, or :class:`FeatureScores`.
+        text_image: [T] whole numbers, the row of ``scores`` that each text belongs to: a tensor, array or list.
+            Images without a text are distractors. Of a `vlblocks.data.Gallery`: its ``owners``.
         ks: for which k recall is given.
 
     Returns:
@@ -66,26 +137,26 @@ def retrieval_metrics(scores: Tensor, text_image: Tensor, *, ks: Sequence[int] =
     return summarize_ranks(retrieval_ranks(scores, text_image), ks=ks)
 
 
-def retrieval_ranks(scores: Tensor, text_image: Tensor) -> RetrievalRanks:
-    """Ranks in both directions for scores [I, T] and text_image [T]; holds no second copy of the scores.
+def retrieval_ranks(scores: Any, text_image: Any) -> RetrievalRanks:
+    """Ranks in both directions for scores [I, T] and text_image [T]; holds no copy of the scores.
 
     Raises:
         UserError: as :func:`retrieval_metrics`.
     """
-    text_image = _check(scores, text_image)
+    scores = as_scores(scores)
+    text_image = _owners(text_image, scores.shape).to(scores.device)
     images, texts = scores.shape
-    own = scores[text_image, torch.arange(texts, device=scores.device)]  # [T]
+    own = _own_scores(scores, text_image)
     # A score that is no number is worse than any other, and any other then stands before it.
     known = own.masked_fill(own.isnan(), float("-inf"))
     best = known.new_full((images,), float("-inf")).scatter_reduce(0, text_image, known, "amax")
 
     by_text = torch.zeros(texts, dtype=torch.long, device=scores.device)
     by_image = torch.empty(images, dtype=torch.long, device=scores.device)
-    rows = max(1, _BLOCK_ELEMENTS // texts)
-    for start in range(0, images, rows):
-        block = scores[start : start + rows]
+    for start, block in score_blocks(scores):
+        rows = slice(start, start + len(block))
         by_text += (~(block < known)).sum(0)
-        by_image[start : start + rows] = (~(block < best[start : start + rows, None])).sum(1)
+        by_image[rows] = (~(block < best[rows, None])).sum(1)
     own_ahead = torch.zeros_like(by_image).index_add_(0, text_image, (~(own < best[text_image])).long())
     by_image += 1 - own_ahead
     captions = torch.bincount(text_image, minlength=images)
@@ -101,6 +172,41 @@ def summarize_ranks(ranks: RetrievalRanks, *, ks: Sequence[int] = DEFAULT_KS) ->
         metrics[f"{direction}_median_rank"] = _median(found)
     metrics["gallery_size"] = float(len(ranks.image_to_text))
     return metrics
+
+
+class Fold(NamedTuple):
+    """A part of a gallery, evaluated as if there were no other.
+
+    Attributes:
+        images: [i] indices in the whole gallery.
+        texts: [t] indices in the whole gallery.
+        text_image: [t] places in `images`.
+    """
+
+    images: Tensor
+    texts: Tensor
+    text_image: Tensor
+
+
+def split_folds(text_image: Any, images: int, folds: int) -> list[Fold]:
+    """A gallery's consecutive parts, of as equal numbers of images as can be, each with its captions.
+
+    Raises:
+        UserError: there are fewer images than folds.
+    """
+    if images < folds:
+        raise UserError(f"--folds: {folds} parts of {images} images; give at most {images}")
+    text_image, parts = _tensor("text_image", text_image), []
+    for chosen in torch.arange(images).tensor_split(folds):
+        first, last = int(chosen[0]), int(chosen[-1])
+        texts = ((text_image >= first) & (text_image <= last)).nonzero()[:, 0]
+        parts.append(Fold(chosen, texts, text_image[texts] - first))
+    return parts
+
+
+def mean_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over galleries that have the same ones, such as the five 1K folds of COCO's test."""
+    return {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
 
 
 def bootstrap_intervals(
@@ -157,24 +263,27 @@ def bootstrap_intervals(
     return intervals
 
 
-def chance_levels(text_image: Tensor, *, images: int | None = None, ks: Sequence[int] = DEFAULT_KS) -> dict[str, float]:
+def chance_levels(text_image: Any, *, images: int | None = None, ks: Sequence[int] = DEFAULT_KS) -> dict[str, float]:
     """What a random ranking gives: the exact expected R@k, and the median of one random query's rank.
 
     From text to image R@k is k / I. From image to text an image with m captions among T has a hit in the first k with
     probability 1 - C(T - m, k) / C(T, k), averaged over the images that have captions.
 
     Args:
-        text_image: [T] long, the image that each text belongs to.
+        text_image: [T] whole numbers, the image that each text belongs to: a tensor, array or list.
         images: I, when images without captions are in the gallery; by default the highest index plus one.
         ks: for which k recall is given.
 
     Raises:
         UserError: no texts, or an index outside the gallery.
     """
-    texts = len(text_image)
+    text_image = _tensor("text_image", text_image).cpu()
+    texts = text_image.numel()
     if images is None:
         images = int(text_image.max()) + 1 if texts else 0
-    text_image = _check(torch.empty(images, texts, device="meta"), text_image.cpu())
+    if not images or not texts:
+        raise UserError("nothing to rank: give at least one image and one text")
+    text_image = _owners(text_image, (images, texts))
     levels = {f"text_to_image_r{k}": min(k / images, 1.0) for k in ks}
     levels["text_to_image_median_rank"] = (images + 1) / 2
 
@@ -194,90 +303,6 @@ def chance_levels(text_image: Tensor, *, images: int | None = None, ks: Sequence
     return levels
 
 
-class Reranked(NamedTuple):
-    """A shortlist per query, scored anew; whatever is not on it keeps its old order behind the shortlist.
-
-    Attributes:
-        scores: [I, T] the first scores.
-        text_candidates: [T, k] long, images.
-        text_scores: [T, k] float32.
-        image_candidates: [I, k] long, texts.
-        image_scores: [I, k] float32.
-        pairs_scored: distinct pairs that the scorer saw.
-    """
-
-    scores: Tensor
-    text_candidates: Tensor
-    text_scores: Tensor
-    image_candidates: Tensor
-    image_scores: Tensor
-    pairs_scored: int
-
-    def ranks(self, text_image: Tensor) -> RetrievalRanks:
-        """Ranks after re-ranking, for text_image [T]."""
-        first = retrieval_ranks(self.scores, text_image)
-        text_image = first.text_image
-        # A right answer that missed the shortlist stands behind all of it, as it did: its first rank holds.
-        right = self.text_candidates == text_image[:, None]
-        by_text = _shortlist_ranks(self.text_scores, right, first.text_to_image)
-        right = text_image[self.image_candidates] == torch.arange(len(self.scores), device=text_image.device)[:, None]
-        by_image = _shortlist_ranks(self.image_scores, right, first.image_to_text)
-        return RetrievalRanks(by_text, by_image, text_image)
-
-
-def rerank(scores: Tensor, k: int, scorer: PairScorer, *, block: int = 1024) -> Reranked:
-    """Score the k best candidates of every query, in both directions, with a slower and better scorer.
-
-    Args:
-        scores: [I, T] of a dual encoder.
-        k: length of the shortlist per query; cut to the number of candidates.
-        scorer: (image indices [n], text indices [n]) -> [n] scores, higher is more alike. Each pair is asked for
-            once, though it may be on an image's and on a text's list. Pairs come sorted by image, then by text.
-        block: n, the most pairs per call.
-
-    Raises:
-        UserError: k or block below 1, or the scorer returns another shape.
-    """
-    if scores.ndim != 2 or not scores.numel():
-        raise UserError(f"scores: expected [images, texts], got {list(scores.shape)}")
-    if k < 1 or block < 1:
-        raise UserError(f"{'k' if k < 1 else 'block'}: must be at least 1")
-    images, texts = scores.shape
-    by_image = _top(scores, k)  # [I, k] texts
-    by_text = _top(scores.T, k)  # [T, k] images
-    image_pairs = torch.arange(images, device=scores.device)[:, None] * texts + by_image
-    text_pairs = by_text * texts + torch.arange(texts, device=scores.device)[:, None]
-    pairs, place = torch.cat([image_pairs.flatten(), text_pairs.flatten()]).unique(return_inverse=True)
-    found = torch.empty(len(pairs), dtype=torch.float32, device=scores.device)
-    for start in range(0, len(pairs), block):
-        part = pairs[start : start + block]
-        new = scorer(part // texts, part % texts)
-        if new.shape != part.shape:
-            raise UserError(f"scorer: returned shape {list(new.shape)} for {len(part)} pairs; return [{len(part)}]")
-        found[start : start + block] = new.detach().to(found)
-    scored = found[place]
-    return Reranked(
-        scores=scores,
-        text_candidates=by_text,
-        text_scores=scored[image_pairs.numel() :].view_as(by_text),
-        image_candidates=by_image,
-        image_scores=scored[: image_pairs.numel()].view_as(by_image),
-        pairs_scored=len(pairs),
-    )
-
-
-def _top(scores: Tensor, k: int) -> Tensor:
-    rows = max(1, _BLOCK_ELEMENTS // scores.shape[1])
-    k = min(k, scores.shape[1])
-    return torch.cat([part.topk(k, dim=1).indices for part in scores.split(rows)])
-
-
-def _shortlist_ranks(scores: Tensor, right: Tensor, otherwise: Tensor) -> Tensor:
-    known = scores.masked_fill(scores.isnan() | ~right, float("-inf")).amax(1, keepdim=True)
-    ranks = 1 + (~(scores < known) & ~right).sum(1)
-    return torch.where(right.any(1), ranks, otherwise)
-
-
 def _directions(ranks: RetrievalRanks) -> Iterable[tuple[str, Tensor]]:
     yield "text_to_image", ranks.text_to_image
     yield "image_to_text", ranks.image_to_text[ranks.image_to_text > 0]
@@ -288,14 +313,38 @@ def _median(values: Tensor) -> float:
     return float(ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
-def _check(scores: Tensor, text_image: Tensor) -> Tensor:
-    if scores.ndim != 2 or text_image.ndim != 1 or scores.shape[1] != len(text_image):
+def _own_scores(scores: Scores, text_image: Tensor) -> Tensor:
+    """Each text's score [T] with its own image, out of the blocks: made apart it might differ in its last bit."""
+    own: Tensor | None = None
+    for start, block in score_blocks(scores):
+        inside = ((text_image >= start) & (text_image < start + len(block))).nonzero()[:, 0]
+        found = block[text_image[inside] - start, inside]
+        own = found.new_empty(len(text_image)) if own is None else own
+        own[inside] = found
+    assert own is not None
+    return own
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    try:
+        array = np.asarray(value)
+        # torch takes no array that cannot be written to, or that runs backwards, as it is.
+        return torch.from_numpy(array if array.flags.writeable and array.flags.c_contiguous else array.copy("C"))
+    except (TypeError, ValueError):
+        raise UserError(f"{name}: not numbers in rows of one length; give a tensor, an array or lists") from None
+
+
+def _owners(text_image: Any, shape: tuple[int, ...]) -> Tensor:
+    text_image = _tensor("text_image", text_image)
+    if text_image.ndim != 1 or shape[1] != len(text_image):
         raise UserError(
-            f"scores and text_image: expected [I, T] and [T], got {list(scores.shape)} and {list(text_image.shape)}"
+            f"scores and text_image: expected [I, T] and [T], got {list(shape)} and {list(text_image.shape)}"
         )
-    if not scores.numel():
-        raise UserError("nothing to rank: give at least one image and one text")
+    if text_image.is_floating_point() or text_image.dtype == torch.bool:
+        raise UserError(f"text_image: holds {text_image.dtype}; give the whole number of each text's image")
     low, high = int(text_image.min()), int(text_image.max())
-    if low < 0 or high >= scores.shape[0]:
-        raise UserError(f"text_image: holds {low if low < 0 else high}, but images are 0 to {scores.shape[0] - 1}")
-    return text_image.long() if scores.is_meta else text_image.to(scores.device, torch.long)
+    if low < 0 or high >= shape[0]:
+        raise UserError(f"text_image: holds {low if low < 0 else high}, but images are 0 to {shape[0] - 1}")
+    return text_image.long()

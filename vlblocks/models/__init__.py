@@ -8,6 +8,7 @@ from vlblocks.models.importers import (
     import_unimo2,
     load_imported,
 )
+from vlblocks.models.paddle import read_paddle
 from vlblocks.models.towers import ImageTower, JointStates, JointTower, TextTower
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "import_timm_vit",
     "import_unimo2",
     "load_imported",
+    "read_paddle",
 ]

@@ -42,12 +42,14 @@ class Imported(NamedTuple):
         unused: source keys that no rule reads.
         missing: source keys that the rules need and the source lacks.
         filled: target names without a source, set to the value that means the same.
+        sources: which source keys each other target name was made from.
     """
 
     state: dict[str, Tensor]
     unused: list[str]
     missing: list[str]
     filled: list[str]
+    sources: dict[str, list[str]]
 
 
 class ImportReport(NamedTuple):
@@ -93,7 +95,7 @@ def import_state(source: Mapping[str, Tensor], rules: Iterable[Rule], *, prefix:
                 present.add(rule.section)
                 layers[rule.section] = max(layers.get(rule.section, 0), number + 1)
     state: dict[str, Tensor] = {}
-    used: set[str] = set()
+    sources: dict[str, list[str]] = {}
     missing: list[str] = []
     for rule in rules:
         if rule.section not in present:
@@ -105,10 +107,11 @@ def import_state(source: Mapping[str, Tensor], rules: Iterable[Rule], *, prefix:
             if not absent:
                 target = rule.target.replace(LAYER, str(number))
                 state[target] = _make(rule, keys, source)
-                used.update(keys)
+                sources[target] = keys
             elif not rule.optional or len(absent) < len(keys):
                 missing.extend(absent)
-    return Imported(state, [key for key in source if key not in used], list(dict.fromkeys(missing)), [])
+    used = {key for keys in sources.values() for key in keys}
+    return Imported(state, [key for key in source if key not in used], list(dict.fromkeys(missing)), [], sources)
 
 
 def load_imported(module: nn.Module, imported: Imported) -> ImportReport:
@@ -230,9 +233,13 @@ def import_hf_roberta(
     imported = import_state(source, roberta_rules(into, head_into, prefix=prefix))
     if head_into is not None:
         # Copies of what is read anyway: the head's output weights are the word embeddings.
-        for copy, twin in (("lm_head.decoder.weight", words), ("lm_head.decoder.bias", "lm_head.bias")):
+        for copy, twin, target in (
+            ("lm_head.decoder.weight", words, f"{into}embed.word.weight"),
+            ("lm_head.decoder.bias", "lm_head.bias", f"{head_into}bias"),
+        ):
             if copy in imported.unused and twin in source and torch.equal(source[copy], source[twin]):
                 imported.unused.remove(copy)
+                imported.sources[target].append(copy)
     name = f"{into}embed.position.weight"
     if positions is not None and name in imported.state:
         table = imported.state[name]

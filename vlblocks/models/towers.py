@@ -153,8 +153,13 @@ class JointTower(nn.Module):
         codes: Tensor | None = None,
         text: Tensor | None = None,
         code_positions: Tensor | None = None,
+        caches: list[KVCache] | None = None,
     ) -> JointStates:
         """image [B, V, D], codes [B, G, D], text [B, T, D], any absent; code_positions [G, D] are added to the codes.
+
+        With caches the segments hold new states only, and the mask is over all so far (see `Transformer.forward`): in
+        captioning first image and codes, `fusion.captioning(image=V, codes=G)`, then the text as it comes,
+        `fusion.captioning(image=V, codes=G, text=T).last_queries(n)`.
 
         Raises:
             UserError: no segment is given.
@@ -165,6 +170,6 @@ class JointTower(nn.Module):
         present = [segment for segment in segments if segment is not None]
         if not present:
             raise UserError("JointTower: give at least one of image, codes, text")
-        states = self.transformer(torch.cat(present, dim=1), mask=mask)
+        states = self.transformer(torch.cat(present, dim=1), mask=mask, caches=caches)
         pieces = iter(states.split([segment.shape[1] for segment in present], dim=1))
         return JointStates(*(None if segment is None else next(pieces) for segment in segments))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,15 @@ from vlblocks.nn.layers import Linear
 from vlblocks.ops.attention import attention
 from vlblocks.ops.segments import SegmentMask
 
+_Store: TypeAlias = tuple[Tensor, Tensor]
+
 
 class KVCache:
     """What one layer has attended to so far: keys and values of its own sequence, and of a fixed context.
 
     Own keys and values grow by `append`; a context's are stored once and serve every later step. One cache belongs to
-    one layer and one batch of sequences; `Transformer.new_caches` makes a stack's. After a step that raised, start
-    anew: its keys may be in already.
+    one layer and one batch of sequences; `Transformer.new_caches` makes a stack's. A step that is refused, such as one
+    with a mask of another length, leaves it as it was.
 
     Attributes:
         length: positions of its own sequence so far.
@@ -28,7 +30,7 @@ class KVCache:
     def __init__(self) -> None:
         self.length = 0
         self.context: tuple[Tensor, Tensor] | None = None
-        self._store: tuple[Tensor, Tensor] | None = None
+        self._store: _Store | None = None
 
     @property
     def keys(self) -> Tensor | None:
@@ -45,20 +47,28 @@ class KVCache:
 
         Without gradients the store grows by a quarter when it is full, so that most steps copy nothing old.
         """
-        old, self.length = self.length, self.length + keys.shape[2]
+        self._take(*self._extended(keys, values))
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    def _extended(self, keys: Tensor, values: Tensor) -> tuple[_Store, int]:
+        """The store with n more positions, and the length it then has; the cache itself stays at its length."""
+        old, length = self.length, self.length + keys.shape[2]
         if self._store is None:
-            self._store = (keys, values)
-        elif torch.is_grad_enabled() and (keys.requires_grad or self._store[0].requires_grad):
-            self._store = (
-                torch.cat([self._store[0][:, :, :old], keys], dim=2),
-                torch.cat([self._store[1][:, :, :old], values], dim=2),
-            )
-        else:
-            if self.length > self._store[0].shape[2]:
-                self._store = (_grown(self._store[0], old, self.length), _grown(self._store[1], old, self.length))
-            self._store[0][:, :, old : self.length] = keys
-            self._store[1][:, :, old : self.length] = values
-        return self._store[0][:, :, : self.length], self._store[1][:, :, : self.length]
+            return (keys, values), length
+        if torch.is_grad_enabled() and (keys.requires_grad or self._store[0].requires_grad):
+            old_keys, old_values = (part[:, :, :old] for part in self._store)
+            return (torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2)), length
+        store = self._store
+        if length > store[0].shape[2]:
+            store = (_grown(store[0], old, length), _grown(store[1], old, length))
+        # Nobody reads past the length, so that writing there changes nothing until it is taken.
+        store[0][:, :, old:length] = keys
+        store[1][:, :, old:length] = values
+        return store, length
+
+    def _take(self, store: _Store, length: int) -> None:
+        self._store, self.length = store, length
 
     def reorder(self, index: Tensor) -> None:
         """Makes row i go on from what was row index[i]; index [B'] long (beam search: the surviving beams' origins)."""
@@ -152,10 +162,14 @@ class Attention(nn.Module):
             q, k, v = self._split(self.qkv(x), 3)
             k = self._normed(k, self.k_norm, v)
             if cache is not None:
-                k, v = cache.append(k, v)
+                added = cache._extended(k, v)
+                k, v = (part[:, :, : added[1]] for part in added[0])
         q = self._normed(q, self.q_norm, v)
         dropout_p = self.dropout if self.training else 0.0
         out = attention(q, k, v, mask=mask, dropout_p=dropout_p, backend=self.backend)
+        if cache is not None and not self.is_cross:
+            # Only now that attention has found the mask to fit.
+            cache._take(*added)
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ import io
 import re
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import tyro
@@ -15,7 +15,7 @@ import tyro
 from vlblocks.errors import UserError
 from vlblocks.training.files import is_disk_full
 
-__all__ = ["parse", "parse_config", "run_main"]
+__all__ = ["flag_value", "parse", "parse_config", "run_main"]
 
 Config = TypeVar("Config")
 
@@ -112,6 +112,24 @@ def _user_error(error: BaseException | None) -> UserError | None:
     return error
 
 
+def flag_value(name: str, argv: Sequence[str] | None = None, *, default: str, choices: Iterable[str] = ()) -> str:
+    """The value that `argv` (None: the process's own) gives to `--name`, before the rest is parsed; the last counts.
+
+    Raises: UserError where the flag has none; it lists `choices`.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    value = default
+    for index, argument in enumerate(argv):
+        if argument == f"--{name}":
+            if index + 1 == len(argv) or argv[index + 1].startswith("--"):
+                hint = ", ".join(choices)
+                raise UserError(f"--{name}: names no {name}: {f'choose one of {hint}' if hint else 'give one'}")
+            value = argv[index + 1]
+        elif argument.startswith(f"--{name}="):
+            value = argument.split("=", 1)[1]
+    return value
+
+
 def parse(default: Config, argv: Sequence[str] | None = None, *, description: str | None = None) -> Config:
     """`default`, a dataclass instance, with the fields that `argv` (None: the process's own) sets by flags.
 
@@ -156,14 +174,8 @@ def parse_config(
     Raises: UserError, one line, for an unknown preset (listing those there are) and as `parse` does.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    name = default if default is not None else next(iter(presets))
-    for index, argument in enumerate(argv):
-        if argument == "--preset":
-            if index + 1 == len(argv) or argv[index + 1].startswith("--"):
-                raise UserError(f"--preset: names no preset: choose one of {', '.join(presets)}")
-            name = argv[index + 1]
-        elif argument.startswith("--preset="):
-            name = argument.split("=", 1)[1]
+    first = default if default is not None else next(iter(presets))
+    name = flag_value("preset", argv, default=first, choices=presets)
     if name not in presets:
         near = difflib.get_close_matches(name, presets, n=1)
         hint = f"did you mean {near[0]}? There are " if near else "choose one of "

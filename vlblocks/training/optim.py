@@ -1,13 +1,13 @@
 """Which parameters an optimiser decays."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["adamw", "parameter_groups"]
+__all__ = ["adamw", "parameter_groups", "scale_rates"]
 
 _NORMS = (
     nn.LayerNorm,
@@ -61,6 +61,19 @@ def parameter_groups(
                 }
             )
     return groups
+
+
+def scale_rates(groups: list[dict[str, Any]], lr: float, scale: Callable[[str], float]) -> list[dict[str, Any]]:
+    """The groups of `parameter_groups`, parted further so that each has one rate: `lr` times its names' `scale`."""
+    parted = []
+    for group in groups:
+        by_scale: dict[float, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            by_scale.setdefault(scale(name), []).append((name, parameter))
+        for factor, members in sorted(by_scale.items()):
+            names, parameters = zip(*members, strict=True)
+            parted.append({**group, "names": list(names), "params": list(parameters), "lr": lr * factor})
+    return parted
 
 
 def adamw(
