@@ -113,8 +113,8 @@ def token_errors(
     valid,
     weights,
     row_sums,  # [B, tokens]
-    errors,  # [programs]
-    term_parts,  # [width tiles, B, tokens]
+    error_parts,  # [width tiles, B, tokens]
+    term_parts,  # likewise
     batch,
     tokens,
     picks,
@@ -141,8 +141,8 @@ def token_errors(
     total = tl.load(row_sums + b * tokens + n, mask=n < tokens, other=1.0)
     mean = mean / SCALE / (total + GUARD)[:, None]
     error = mean - _tile(x, b * tokens + n, d, real, width, BD).to(tl.float32)
-    tl.store(errors + tl.program_id(0), tl.sum(tl.sum(error * error, 1), 0))
     place = (width_tile * batch + b) * tokens + n
+    tl.store(error_parts + place, tl.sum(error * error, 1), mask=n < tokens)
     tl.store(term_parts + place, tl.sum(error * mean, 1), mask=n < tokens)
 
 
@@ -155,8 +155,8 @@ def code_errors(
     present,  # [B], whether any token is valid
     weights,
     pick_sums,  # [B, picks]
-    errors,  # [programs]
-    term_parts,  # [width tiles, B, picks]
+    error_parts,  # [width tiles, B, picks]
+    term_parts,  # likewise
     residuals,  # [B, picks, width]
     batch,
     tokens,
@@ -188,10 +188,10 @@ def code_errors(
     # An example without tokens has no error.
     counts = k < tl.where(tl.load(present + b) != 0, picks, 0)
     error = mean - _tile(codes, code, d, counts, width, BD).to(tl.float32)
-    tl.store(errors + tl.program_id(0), tl.sum(tl.sum(error * error, 1), 0))
+    place = (width_tile * batch + b) * picks + k
+    tl.store(error_parts + place, tl.sum(error * error, 1), mask=k < picks)
     # Of the error as the backward reads it: what rounding adds to all its products with tokens goes off with this.
     error = error.to(residuals.dtype.element_ty)
-    place = (width_tile * batch + b) * picks + k
     tl.store(term_parts + place, tl.sum(error.to(tl.float32) * mean, 1), mask=k < picks)
     _store_tile(residuals, b * picks + k, d, k < picks * keep, width, error, BD)
 
@@ -226,7 +226,7 @@ def products_of_picks(
     tl.store(at + pitch, (product - main.to(tl.float32)).to(gram.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "picks", "valid_step"])
+@triton.jit(do_not_specialize=["batch", "tokens", "picks", "valid_step"])
 def slopes(
     x,
     codes,
@@ -245,7 +245,8 @@ def slopes(
     denominators,
     slopes,  # [B, tokens, pitch], gradient of the similarities
     pulls,  # [B, tokens, pitch], what a token's x adds to the gradient of its pick
-    temperature_parts,  # [programs]
+    temperature_parts,  # [pick tiles, B, tokens]
+    batch,
     tokens,
     picks,
     pitch,
@@ -291,7 +292,8 @@ def slopes(
     slope += weight / pick_total[None, :] * of_codes * (by_residual - code_term[None, :])
     slope *= 1.0 - weight
     heat = tl.where(known, slope * similarity, 0.0)
-    tl.store(temperature_parts + tl.program_id(0), tl.sum(tl.sum(heat, 1), 0) * size)
+    place = (pick_tile * batch + b) * tokens + n
+    tl.store(temperature_parts + place, tl.sum(heat, 1) * size, mask=n < tokens)
     slope = tl.where(known, slope * (t / steep), 0.0)
     _store_tile(slopes, b * tokens + n, pick_tile * BK, n < tokens, pitch, slope, BK)
     share = _rounded(weight, SCALE, weights.dtype.element_ty) / row_total[:, None]

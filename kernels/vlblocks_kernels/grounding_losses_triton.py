@@ -26,7 +26,7 @@ from .nearest_triton import sum_segments
 # block must have loads in flight while the other computes.
 _WIDE = {
     "over_width": Config({"BN": 128, "BK": 128, "BD": 64}, warps=8, stages=3),
-    "slopes": Config({"BN": 64, "BK": 64, "BD": 64}, warps=8, stages=3, registers=128),
+    "slopes": Config({"BN": 64, "BK": 64, "BD": 64}, warps=8, stages=3, registers=168),
     "over_picks": Config({"BN": 128, "BK": 64, "BD": 64}, warps=8, stages=3),
     "over_tokens": Config({"BN": 64, "BK": 128, "BD": 64}, warps=8, stages=3),
 }
@@ -37,15 +37,12 @@ _SLIM = {
     "over_tokens": Config({"BN": 32, "BK": 128, "BD": 64}, warps=8, stages=3),
 }
 _IEEE = {
-    "over_width": Config({"BN": 64, "BK": 64, "BD": 16}, warps=8, stages=2),
-    "slopes": Config({"BN": 32, "BK": 64, "BD": 16}, warps=8, stages=2),
-    "over_picks": Config({"BN": 64, "BK": 16, "BD": 64}, warps=8, stages=2),
+    "over_width": Config({"BN": 64, "BK": 64, "BD": 16}, warps=8, stages=2, registers=128),
+    "slopes": Config({"BN": 32, "BK": 64, "BD": 16}, warps=8, stages=2, registers=168),
+    "over_picks": Config({"BN": 64, "BK": 16, "BD": 64}, warps=8, stages=2, registers=128),
     "over_tokens": Config({"BN": 16, "BK": 64, "BD": 64}, warps=8, stages=2, registers=128),
 }
-_TMEM = _WIDE | {
-    "slopes": Config({"BN": 64, "BK": 64, "BD": 64}, warps=8, stages=3, registers=160),
-    "over_tokens": Config({"BN": 64, "BK": 128, "BD": 64}, warps=8, stages=3, registers=128),
-}
+_TMEM = _WIDE | {"over_tokens": Config({"BN": 64, "BK": 128, "BD": 64}, warps=8, stages=3, registers=128)}
 LOSSES = {
     80: {"half": _SLIM, "fp32": _IEEE},
     89: {"half": _SLIM, "fp32": _IEEE},
@@ -135,11 +132,11 @@ def _weigh(p: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _compare(p: dict[str, Any], step: _Step, shape: tuple[int, int], **more: Tensor | int) -> tuple[Tensor, Tensor]:
-    """Parts of the sum of squared errors [parts] and of the terms [parts, *shape]."""
-    errors = p["x"].new_empty(step.programs(p), dtype=torch.float32)
-    parts = p["x"].new_empty((step.tiles(p, ("width", "BD")), *shape), dtype=torch.float32)
-    step.launch(p, errors=errors, term_parts=parts, **more)
-    return errors, parts
+    """Parts of the squared errors' and of the terms' sums, both [parts, *shape]."""
+    errors = p["x"].new_empty((step.tiles(p, ("width", "BD")), *shape), dtype=torch.float32)
+    terms = torch.empty_like(errors)
+    step.launch(p, error_parts=errors, term_parts=terms, **more)
+    return errors, terms
 
 
 def _present(x: Tensor, valid: Tensor | None) -> Tensor:
@@ -278,7 +275,7 @@ def _grounding_losses_backward(
     gram = rows.new_empty((batch, picks, 2 * pitch))
     _PRODUCTS.launch(p, gram=gram)
     slopes, pulls = torch.empty_like(weights), torch.empty_like(weights)
-    heats = rows.new_empty(_SLOPES.programs(p), dtype=torch.float32)
+    heats = rows.new_empty((_SLOPES.tiles(p, ("picks", "BK")), batch, p["tokens"]), dtype=torch.float32)
     _SLOPES.launch(
         p, weights=weights, gram=gram, residuals=residuals, slopes=slopes, pulls=pulls, temperature_parts=heats
     )
@@ -295,7 +292,7 @@ def _grounding_losses_backward(
     return (
         x_grad[:, : x.shape[2]].contiguous().view(x.shape),
         code_grads[:, : codes.shape[1]].contiguous(),
-        heats.sum(0, keepdim=True),
+        heats.sum().reshape(1),
     )
 
 

@@ -1,6 +1,7 @@
-"""Losses over two real gloo processes: sharded loss and gradients equal the full batch's, uneven shards included.
+"""Losses over 1, 2 and 4 real gloo processes: sharded loss and gradients equal the full batch's, uneven ones included.
 
-The file is its own worker: `python test_losses.py RANK FOLDER` computes everything once for one rank.
+The file is its own worker: `python test_losses.py RANK FOLDER` computes everything once for one rank. Four processes
+are started once; the first two of them, and then the first alone, make smaller groups after it.
 """
 
 import os
@@ -27,8 +28,8 @@ from vlblocks.losses import (
 )
 from vlblocks.ops import collectives
 
-RANKS = 2
-SPLITS = [(3, 3), (4, 2), (1, 5), (6, 0)]
+RANKS = 4
+SPLITS = {4: [(2, 1, 3, 0), (2, 2, 1, 1)], 2: [(3, 3), (4, 2), (1, 5), (6, 0)], 1: [(6,)]}
 ROWS, WIDTH, TOKENS, VOCAB = 6, 5, 4, 7
 
 
@@ -48,17 +49,32 @@ class Toy(nn.Module):
         return CASES[case](self, batch)
 
 
-def contrast(loss, ids=False, weight=False, **settings):
+BACKEND: list[str] = ["auto"]
+"""The contrastive losses' back end; the full batch's are the plain twins'."""
+
+
+def contrast(loss, ids=False, weight=False, queue=False, teacher=False, **settings):
     """A contrastive case: (model, batch) -> (loss, this rank's amount)."""
 
     def run(model, batch):
         image, text = model.image(batch["image"]), model.text(batch["text"])
-        rows = {"image_ids": batch["ids"] if ids else None} if loss is not views else {}
-        value = loss(model, image, text, settings | rows | {"weight": batch["weight"] if weight else None})
+        more = {"image_ids": batch["ids"] if ids else None} if loss is not views else {}
+        if queue:
+            more |= queues()
+        if teacher:
+            more |= {"teacher_image": batch["image"], "teacher_text": batch["text"], "alpha": 0.3}
+        more |= {"weight": batch["weight"] if weight else None, "backend": BACKEND[0]}
+        value = loss(model, image, text, settings | more)
         weighted = settings.get("reduction") == "weighted"
         return value, batch["weight"].sum() if weighted else len(image)
 
     return run
+
+
+def queues():
+    generator = torch.Generator().manual_seed(2)
+    image, text = torch.randn(2, 3, WIDTH, dtype=torch.float64, generator=generator)
+    return {"queue_image": image, "queue_text": text, "queue_valid": torch.tensor([True, False, True])}
 
 
 def nce(model, image, text, settings):
@@ -105,7 +121,8 @@ def circle(model, batch):
     return circle_loss(positives, model.text(batch["text"]), scale=2.0), len(positives)
 
 
-CASES = {
+RING = {"exchange": "ring", "chunk_bytes": 40}
+CONTRASTS = {
     "info_nce": contrast(nce),
     "info_nce_ids": contrast(nce, ids=True),
     "info_nce_exclude": contrast(nce, ids=True, same_id="exclude"),
@@ -115,6 +132,20 @@ CASES = {
     "siglip_ids_weighted": contrast(sigmoid, ids=True, weight=True, reduction="weighted"),
     "two_view": contrast(views),
     "two_view_weight": contrast(views, weight=True),
+    "info_nce_tiles": contrast(nce, ids=True, weight=True, chunk_bytes=24),
+    "info_nce_smooth": contrast(nce, ids=True, weight=True, label_smoothing=0.1),
+    "info_nce_exclude_smooth": contrast(nce, ids=True, weight=True, same_id="exclude", label_smoothing=0.1),
+    "info_nce_queue": contrast(nce, queue=True, label_smoothing=0.1),
+    "info_nce_teacher": contrast(nce, teacher=True),
+    "info_nce_albef": contrast(nce, ids=True, weight=True, queue=True, teacher=True, label_smoothing=0.1),
+    "info_nce_ring": contrast(nce, **RING),
+    "info_nce_ring_albef": contrast(nce, ids=True, weight=True, queue=True, teacher=True, label_smoothing=0.1, **RING),
+    "info_nce_ring_exclude": contrast(nce, ids=True, weight=True, same_id="exclude", reduction="weighted", **RING),
+    "siglip_ring": contrast(sigmoid, **RING),
+    "siglip_ring_ids_weighted": contrast(sigmoid, ids=True, weight=True, reduction="weighted", **RING),
+    "two_view_ring": contrast(views, weight=True, **RING),
+}
+CASES = CONTRASTS | {
     "matching": matching,
     "masked_tokens": masked_tokens,
     "masked_codes": masked_codes,
@@ -153,11 +184,17 @@ def gradients(toy):
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in toy.named_parameters()}
 
 
+def cases_of(ranks):
+    """What is worth as many ranks: exchanges differ with more than two."""
+    return CASES if ranks == 2 else CONTRASTS
+
+
 def run_cases(rank):
     results = {}
-    for split in SPLITS:
+    ranks = collectives.world_size()
+    for split in SPLITS[ranks]:
         shard = {name: x.split(list(split))[rank] for name, x in full_batch().items()}
-        for case in CASES:
+        for case in cases_of(ranks):
             toy = model()
             parallel = nn.parallel.DistributedDataParallel(toy, find_unused_parameters=True)
             loss, amount = parallel(case, shard)
@@ -204,17 +241,42 @@ def run_alone_on_one_rank(rank):
     }
 
 
+def run_exchanges(rank):
+    """On four ranks, of 0 to 3 rows."""
+    sizes = [2, 0, 3, 1]
+    own = torch.full((sizes[rank], 2), float(rank))
+    seen = [(owner, *(x.clone() for x in blocks)) for owner, blocks in collectives.ring([own, -own], sizes=sizes)]
+    sums = collectives.RingSum(sizes=sizes)
+    for owner, (block,) in collectives.ring([own], sizes=sizes):
+        sums.add(owner, block + 10.0**rank)
+    everything = torch.arange(float(sum(sizes)))[:, None] + 100 * rank
+    return {
+        "ring": seen,
+        "ring_sum": sums.finish(),
+        "exchanged": collectives.exchange_rows(everything, sizes=sizes),
+        "scattered": collectives.reduce_scatter(everything, sizes=sizes),
+    }
+
+
 def work(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
-    results = {"cases": run_cases(rank), "collectives": run_collectives(rank), "alone": run_alone_on_one_rank(rank)}
+    results = {}
+    for ranks in SPLITS:
+        if rank >= ranks:
+            break
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting{ranks}", rank=rank, world_size=ranks)
+        results[ranks] = {"cases": run_cases(rank)}
+        if ranks == 4:
+            results[ranks]["exchanges"] = run_exchanges(rank)
+        if ranks == 2:
+            results[ranks] |= {"collectives": run_collectives(rank), "alone": run_alone_on_one_rank(rank)}
+        dist.barrier()
+        dist.destroy_process_group()
     torch.save(results, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What both processes computed, by rank."""
+def found(tmp_path_factory):
+    """What the processes computed, by rank and by how many took part."""
     folder = tmp_path_factory.mktemp("gloo")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     workers = [
@@ -232,9 +294,18 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize("split", SPLITS, ids=str)
-@pytest.mark.parametrize("case", list(CASES))
-def test_sharded_loss_and_gradients_equal_the_full_batch(ranks, case, split):
+@pytest.fixture
+def ranks(found):
+    """What both processes of a group of two computed."""
+    return [results[2] for results in found[:2]]
+
+
+@pytest.mark.parametrize(
+    "case, split", [(case, split) for n, splits in SPLITS.items() for split in splits for case in cases_of(n)], ids=str
+)
+def test_sharded_loss_and_gradients_equal_the_full_batch(found, case, split, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "BACKEND", ["reference"])
+    ranks = [results[len(split)] for results in found[: len(split)]]
     toy = model()
     loss, _ = toy(case, full_batch())
     loss.backward()
@@ -246,6 +317,27 @@ def test_sharded_loss_and_gradients_equal_the_full_batch(ranks, case, split):
         torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-6, atol=0)
         for name, gradient in expected.items():
             torch.testing.assert_close(result["gradients"][name], gradient, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_blocks_go_round_the_ring(found):
+    sizes = [2, 0, 3, 1]
+    for rank, results in enumerate(found):
+        seen = results[4]["exchanges"]["ring"]
+        assert [owner for owner, *_ in seen] == [(rank - step) % 4 for step in range(4)]
+        for owner, block, negative in seen:
+            assert torch.equal(block, torch.full((sizes[owner], 2), float(owner)))
+            assert torch.equal(negative, -block)
+        # Every rank has added the block and its own power of ten.
+        assert torch.equal(results[4]["exchanges"]["ring_sum"], torch.full((sizes[rank], 2), 4.0 * rank + 1111))
+
+
+def test_columns_reach_their_rank(found):
+    offsets = [0, 2, 2, 5, 6]
+    for rank, results in enumerate(found):
+        own = torch.arange(float(offsets[rank]), float(offsets[rank + 1]))[:, None]
+        expected = torch.stack([own + 100 * other for other in range(4)])
+        assert torch.equal(results[4]["exchanges"]["exchanged"], expected)
+        assert torch.equal(results[4]["exchanges"]["scattered"], expected.sum(0))
 
 
 def test_gather_keeps_rank_order_and_uneven_sizes(ranks):

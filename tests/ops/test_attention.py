@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from vlblocks.errors import UserError
-from vlblocks.ops.attention import BACKENDS, attention, default_backend
+from vlblocks.ops.attention import AUTO, BACKENDS, Choice, attention, default_backend
 from vlblocks.ops.segments import SegmentMask
 
 # By name: the package re-exports the function of the same name.
@@ -17,11 +18,11 @@ PAIRS = {"image": ["image", "codes"], "codes": ["image", "codes", "text"], "text
 some_masks = settings(derandomize=True, deadline=None, max_examples=40)
 
 
-def make_qkv(batch, queries, keys, *, heads=2, width=4, dtype=torch.float64, seed=0):
+def make_qkv(batch, queries, keys, *, heads=2, kv_heads=None, width=4, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     # As a module makes them: [B, T, H, D] in memory.
-    shapes = (queries, keys, keys)
-    return [torch.randn(batch, t, heads, width, generator=generator, dtype=dtype).transpose(1, 2) for t in shapes]
+    shapes = ((queries, heads), (keys, kv_heads or heads), (keys, kv_heads or heads))
+    return [torch.randn(batch, t, h, width, generator=generator, dtype=dtype).transpose(1, 2) for t, h in shapes]
 
 
 def for_mask(mask, **options):
@@ -33,10 +34,10 @@ def by_definition(q, k, v, dense, scale=None):
     out = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype)
     dense = dense.expand(*q.shape[:3], k.shape[2])
     for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
-        seen = dense[b, h, i]
+        seen, kv = dense[b, h, i], h * k.shape[1] // q.shape[1]
         if seen.any():
-            scores = (k[b, h, seen] @ q[b, h, i]) * (q.shape[3] ** -0.5 if scale is None else scale)
-            out[b, h, i] = scores.softmax(0) @ v[b, h, seen]
+            scores = (k[b, kv, seen] @ q[b, h, i]) * (q.shape[3] ** -0.5 if scale is None else scale)
+            out[b, h, i] = scores.softmax(0) @ v[b, kv, seen]
     return out
 
 
@@ -63,16 +64,17 @@ def test_reference_is_the_definition(data, segment_masks):
     torch.testing.assert_close(attention(q, k, v, mask=mask, backend="reference"), by_definition(q, k, v, mask.dense()))
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
 @some_masks
 @given(data=st.data(), dtype=st.sampled_from((torch.float64, torch.float32)))
-def test_sdpa_is_the_reference_in_both_directions(data, dtype, segment_masks):
+def test_a_back_end_is_the_reference_in_both_directions(data, backend, dtype, segment_masks):
     mask = data.draw(segment_masks())
     qkv = for_mask(mask, dtype=dtype)
     tolerance = dict(rtol=1e-10, atol=1e-10) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-5)
-    assert_same(run(qkv, mask=mask, backend="sdpa"), run(qkv, mask=mask, backend="reference"), **tolerance)
+    assert_same(run(qkv, mask=mask, backend=backend), run(qkv, mask=mask, backend="reference"), **tolerance)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("backend", ["sdpa", "reference", "triton"])
 def test_without_reading_values_the_numbers_are_the_same(backend, segment_masks, monkeypatch):
     """What runs on an accelerator, where looking at the padding would wait for the device."""
     monkeypatch.setattr("vlblocks.ops.segments.is_free_to_read", lambda x: False)
@@ -89,7 +91,7 @@ def test_without_reading_values_the_numbers_are_the_same(backend, segment_masks,
     check()
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
 @some_masks
 @given(data=st.data())
 def test_padding_changes_nothing(data, backend, segment_masks):
@@ -116,9 +118,10 @@ def test_last_queries_are_the_last_rows_of_the_whole(data, segment_masks):
     mask = mask.last_queries(mask.total)
     n = data.draw(st.integers(0, mask.total))
     q, k, v = for_mask(mask)
-    whole = attention(q, k, v, mask=mask, backend="sdpa")[:, :, mask.total - n :]
-    last = attention(q[:, :, mask.total - n :], k, v, mask=mask.last_queries(n), backend="sdpa")
-    torch.testing.assert_close(last, whole)
+    for backend in ("sdpa", "triton"):
+        whole = attention(q, k, v, mask=mask, backend=backend)[:, :, mask.total - n :]
+        last = attention(q[:, :, mask.total - n :], k, v, mask=mask.last_queries(n), backend=backend)
+        torch.testing.assert_close(last, whole)
 
 
 def named_masks():
@@ -133,6 +136,7 @@ def named_masks():
         "gap": SegmentMask.build(sizes, {"image": ["image", "text"], "text": ["image"]}, valid={"text": text}),
         "tower": SegmentMask.single(length=6, valid=torch.rand(2, 6, generator=torch.Generator().manual_seed(0)) > 0.4),
         "causal": SegmentMask.single(length=6, causal=True),
+        "packed": SegmentMask.packed([3, 1, 4], causal=True),
     }
 
 
@@ -163,10 +167,10 @@ def test_flex_serves_many_shapes():
 
 
 @pytest.mark.parametrize("name", list(named_masks()))
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
 def test_gradients_by_finite_differences(name, backend):
     mask = named_masks()[name]
-    qkv = [x.requires_grad_() for x in for_mask(mask, heads=1, width=2)]
+    qkv = [x.requires_grad_() for x in for_mask(mask, heads=2, kv_heads=1, width=2)]
     assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, mask=mask, backend=backend), qkv)
 
 
@@ -175,14 +179,14 @@ def test_bf16_is_close_to_float64(name):
     mask = named_masks()[name]
     qkv = for_mask(mask, width=32)
     exact = run(qkv, mask=mask, backend="reference")
-    for backend in ("reference", "sdpa"):
+    for backend in ("reference", "sdpa", "triton"):
         found = run([x.bfloat16() for x in qkv], mask=mask, backend=backend)
         for a, b in zip(found, exact, strict=True):
             assert a.dtype == torch.bfloat16
             assert (a.double() - b).norm() <= 2e-2 * b.norm()
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
 def test_autocast_keeps_the_numbers(backend):
     mask = named_masks()["pairs"]
     qkv = for_mask(mask, width=32, dtype=torch.float32)
@@ -191,7 +195,7 @@ def test_autocast_keeps_the_numbers(backend):
     assert_same(found, exact, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa", "flex"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "triton", "flex"])
 def test_scale(backend):
     q, k, v = make_qkv(2, 3, 5, width=16, dtype=torch.float32)
     expected = by_definition(q, k, v, torch.ones(3, 5, dtype=torch.bool), scale=1.7)
@@ -209,7 +213,7 @@ def test_explicit_mask(shape, backend):
     assert_same(found, run(qkv, mask=allowed, backend="reference"))
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
 def test_explicit_key_padding_hides_what_is_padded(backend):
     real = torch.arange(5) < torch.tensor([[5], [2], [0]])
     q, k, v = make_qkv(3, 4, 5)
@@ -266,7 +270,54 @@ def test_joined_output_is_ready_for_the_projection():
     assert out.transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("shape", [(3, 1, 1, 5), (1, 1, 5), (1, 5), (5,), (1, 1, 1, 1)])
+def test_triton_takes_masks_of_keys(shape):
+    allowed = torch.rand(shape, generator=torch.Generator().manual_seed(3)) > 0.5
+    qkv = make_qkv(3, 4, 5)
+    assert_same(run(qkv, mask=allowed, backend="triton"), run(qkv, mask=allowed, backend="reference"))
+
+
+@pytest.mark.parametrize("name", ["pairs", "pairs open", "captioning", "packed"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "triton", "flex"])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_query_heads_share_heads_of_keys(name, backend, kv_heads):
+    mask = named_masks()[name]
+    q, k, v = for_mask(mask, heads=4, kv_heads=kv_heads, width=16, dtype=torch.float32)
+    found = attention(q, k, v, mask=mask, backend=backend)
+    torch.testing.assert_close(found, by_definition(q, k, v, mask.dense()), rtol=1e-4, atol=1e-5)
+    if backend != "flex":
+        spread = [x.repeat_interleave(4 // x.shape[1], dim=1) for x in (q, k, v)]
+        _, dq, dk, dv = run(spread, mask=mask, backend="reference")
+        expected = [dq, *(x.unflatten(1, (kv_heads, -1)).sum(2) for x in (dk, dv))]
+        assert_same(run((q, k, v), mask=mask, backend=backend)[1:], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_explicit_mask_of_query_heads_that_share_keys():
+    allowed = torch.rand(2, 4, 3, 5, generator=torch.Generator().manual_seed(3)) > 0.6
+    allowed[:, :, :, 2] = False
+    q, k, v = make_qkv(2, 3, 5, heads=4, kv_heads=2)
+    k[:, :, 2] = v[:, :, 2] = float("nan")
+    for backend in ("reference", "sdpa"):
+        found = attention(q, k, v, mask=allowed, backend=backend)
+        torch.testing.assert_close(found, by_definition(q, k, v, allowed))
+
+
+def test_triton_gives_open_rows_to_sdpa_and_says_so(caplog, sdpa_calls):
+    attention_module._say_opened.cache_clear()
+    closed, opened = named_masks()["pairs"], named_masks()["pairs open"]
+    q, k, v = for_mask(opened)
+    attention(q, k, v, mask=closed, backend="triton")
+    whole = SegmentMask.build({"image": 4, "codes": 3, "text": 5}, PAIRS, masked_rows="open")
+    attention(q, k, v, mask=whole, backend="triton")
+    assert not caplog.records and not sdpa_calls
+    out = attention(q, k, v, mask=opened, backend="triton")
+    assert sdpa_calls == [(12, 12, None, False)]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "backend='sdpa' computes them" in caplog.text
+    assert_same([out], [attention(q, k, v, mask=opened, backend="reference")])
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
 def test_dropout_drops_weights_and_keeps_their_mean(backend):
     mask = SegmentMask.build({"a": 30, "b": 10}, {"a": ["a"], "b": ["a", "b"]})
     q, k, v = make_qkv(2, 40, 40, heads=4)
@@ -277,7 +328,7 @@ def test_dropout_drops_weights_and_keeps_their_mean(backend):
     assert not torch.equal(first, second) and abs(first.mean().item() - 1) < 0.05
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
 def test_no_keys_and_no_queries(backend):
     q, k, v = make_qkv(2, 3, 0)
     assert torch.equal(attention(q, k, v, backend=backend), torch.zeros(2, 2, 3, 4, dtype=q.dtype))
@@ -316,8 +367,17 @@ def test_compiles_without_a_break(name):
 
 def test_auto_is_a_table():
     assert default_backend("cpu") == default_backend("cuda") == default_backend("mps") == "sdpa"
+    assert all(row.backend in BACKENDS and row.source for row in AUTO)
     q, k, v = make_qkv(2, 3, 5)
     assert torch.equal(attention(q, k, v), attention(q, k, v, backend="sdpa"))
+
+
+def test_auto_takes_the_first_row_that_fits(monkeypatch):
+    half = (torch.bfloat16, torch.float16)
+    rows = [Choice("cpu", half, 1, "reference", ""), Choice("cpu", half, None, "triton", "")]
+    monkeypatch.setattr(attention_module, "AUTO", rows)
+    found = [default_backend("cpu", dtype, n) for dtype in (torch.bfloat16, torch.float32) for n in (1, 2)]
+    assert found == ["reference", "triton", "sdpa", "sdpa"]
 
 
 def one_line(**options):
@@ -330,7 +390,15 @@ def one_line(**options):
 
 
 def test_mistakes_are_named_in_one_line():
-    assert all(choice in one_line(backend="triton") for choice in BACKENDS)
+    assert all(choice in one_line(backend="cudnn") for choice in BACKENDS)
+    assert "[B, 1, 1, Tk]" in one_line(backend="triton", mask=torch.ones(3, 5, dtype=torch.bool))
+    with pytest.raises(UserError, match="heads up to 128 wide, not 144: use backend='sdpa'"):
+        attention(*make_qkv(1, 2, 2, width=144), backend="triton")
+    q, k, v = make_qkv(1, 2, 2)
+    with pytest.raises(UserError, match="q, k, v of one dtype"):
+        attention(q, k.float(), v.float(), backend="triton")
+    with pytest.raises(UserError, match="q has 3 heads and k 2"):
+        attention(make_qkv(1, 2, 2, heads=3)[0], k, v)
     assert "no gradient on a CPU" in one_line(backend="flex", grad=True)
     assert "dropout_p=0" in one_line(backend="flex", dropout_p=0.1)
     assert "takes a SegmentMask" in one_line(backend="flex", mask=torch.ones(3, 5, dtype=torch.bool))
@@ -387,3 +455,26 @@ def test_xformers_gets_its_layout_and_bias(name, monkeypatch):
     mask = named_masks()[name]
     qkv = for_mask(mask)
     assert_same(run(qkv, mask=mask, backend="xformers", scale=0.4), run(qkv, mask=mask, backend="reference", scale=0.4))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_does_not_recompile_over_changing_lengths(monkeypatch):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(flex_attention, backend=graphs)
+    monkeypatch.setattr(attention_module, "_flex_function", lambda compiled_: compiled)
+    counts = []
+    same, others = [(150, 20, 30), (140, 30, 30), (20, 20, 160)], [(150, 90, 31), (150, 20, 40), (7, 3, 300)]
+    for image, codes, text in same + others:
+        valid = torch.arange(text) < torch.tensor([[1 + image % 7], [text // 2]])
+        mask = SegmentMask.build({"image": image, "codes": codes, "text": text}, PAIRS, valid={"text": valid})
+        q, k, v = for_mask(mask, dtype=torch.float32, width=16)
+        expected = attention(q, k, v, mask=mask, backend="reference")
+        with torch.no_grad():
+            found = attention(q, k, v, mask=mask, backend="flex")
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        counts.append(graphs.frame_count)
+    # One graph for this number of tokens, and one for any.
+    assert counts == [1, 1, 1, 2, 2, 2]

@@ -6,6 +6,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from vlblocks.errors import UserError
 from vlblocks.ops.segments import SegmentMask
+from vlblocks_kernels.attention import GRAIN, dense_of, packed_runs
 
 PAIRS = {"image": ["image", "codes"], "codes": ["image", "codes", "text"], "text": ["codes", "text"]}
 some_masks = settings(derandomize=True, deadline=None, max_examples=40)
@@ -21,7 +22,7 @@ def by_definition(mask):
         for q, (sq, iq) in enumerate(where):
             for k, (sk, ik) in enumerate(where):
                 seen = mask.table[sq][sk] and real[b][q] and real[b][k]
-                if sq == sk and mask.names[sq] == mask.causal:
+                if sq == sk and mask.names[sq] in mask.causal:
                     seen = seen and (ik <= iq or (mask.prefix is not None and ik < int(mask.prefix[b])))
                 allowed[b, q, k] = seen
             if mask.masked_rows == "open" and not allowed[b, q].any():
@@ -47,6 +48,67 @@ def test_dense_and_key_runs_are_the_definition(data, segment_masks):
     assert runs.starts.dtype == runs.stops.dtype == runs.counts.dtype == torch.int32
     unused = torch.arange(runs.starts.shape[-1]) >= runs.counts[..., None]
     assert torch.equal(runs.starts >= runs.stops, unused), "a run is empty, or one past the last is not"
+
+
+@pytest.mark.parametrize("free", [True, False], ids=["free to read", "on an accelerator"])
+def test_kernel_runs_are_the_definition(free, segment_masks, monkeypatch):
+    if not free:
+        monkeypatch.setattr("vlblocks.ops.segments.is_free_to_read", lambda x: False)
+
+    @some_masks
+    @given(mask=segment_masks(masked_rows=("zeros",)))
+    def check(mask):
+        expected = by_definition(mask)
+        same(mask, mask.key_runs().dense(), expected)
+        runs = mask.kernel_runs()
+        same(mask, dense_of(runs, mask.queries, mask.total), expected)
+        seers = expected[:, 0].any(-1, keepdim=True) & expected[:, 0]
+        for grain, start in enumerate(range(0, mask.total, GRAIN)):
+            keys = slice(start, start + GRAIN)
+            for s, (first, last) in enumerate(mask.key_runs().query_bounds):
+                first_seer, past_seer = runs.seen_by[..., grain, :].expand(len(seers), 2).unbind(-1)
+                sees = seers[:, first:last, keys].flatten(1).any(1)
+                assert (~sees | ((first_seer <= s) & (s < past_seer))).all()
+
+    check()
+
+
+def test_seen_by_names_few_segments_of_many():
+    mask = SegmentMask.packed([40] * 8)
+    assert mask.kernel_runs().seen_by.tolist() == [[[0, 2], [1, 4], [3, 5], [4, 7], [6, 8]]]
+
+
+def test_runs_wait_for_no_device():
+    """Tensors without values: to read one is an error."""
+    valid = {"text": torch.arange(5) < torch.tensor([[5], [2]])}
+    sizes = {"image": 3, "text": 5}
+    mask = SegmentMask.build(
+        sizes, {"image": sizes, "text": sizes}, valid=valid, causal="text", prefix=torch.tensor([1, 0])
+    ).to("meta")
+    runs = mask.key_runs()
+    assert runs.starts.shape == (2, 2, 4) and runs.starts.device.type == "meta"
+    assert mask.kernel_runs().runs.shape == (2, 2, 4, 2)
+    assert mask.block_mask().kv_indices.device.type == "meta" and mask.dense().shape == (2, 1, 8, 8)
+
+
+def test_counted_pairs_are_those_of_the_dense_mask():
+    sizes = {"image": 4, "codes": 3, "text": 5}
+    sees = {"image": ["image", "codes"], "codes": ["image", "codes"], "text": ["image", "codes", "text"]}
+    mask = SegmentMask.build(sizes, sees, causal="text")
+    for n in range(13):
+        last = mask.last_queries(n)
+        assert last.kernel_runs().pairs == int(last.dense().sum())
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_examples_see_themselves(causal):
+    mask = SegmentMask.packed([3, 0, 2], causal=causal)
+    whole = torch.block_diag(torch.ones(3, 3), torch.ones(2, 2)).bool()
+    assert torch.equal(mask.dense()[0, 0], whole.tril() if causal else whole)
+    bounds = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
+    # The same from lengths that live on a device.
+    runs = packed_runs(bounds, keys=5, causal=causal)
+    assert torch.equal(dense_of(runs, 5, 5), mask.dense()) and torch.equal(runs.bounds, mask.kernel_runs().bounds)
 
 
 @some_masks
@@ -133,7 +195,7 @@ def test_a_causal_run_does_not_reach_past_its_segment():
     mask = SegmentMask.build({"a": 2, "b": 3, "c": 2}, {"b": ["a", "b", "c"]}, causal="b")
     runs = mask.key_runs()
     assert runs.starts[0, 1].tolist() == [0, 5] and runs.stops[0, 1].tolist() == [5, 7]
-    assert (runs.causal_segment, runs.causal_start, runs.causal_stop) == (1, 2, 5)
+    assert runs.causal == ((0, 0), (2, 5), (0, 0))
     assert runs.dense()[0, 0, 2].int().tolist() == [1, 1, 1, 0, 0, 1, 1]
 
 

@@ -13,6 +13,7 @@ from vlblocks.losses.masked import (
     masked_token_loss,
 )
 from vlblocks.losses.matching import HardNegatives, matching_loss, mine_hard_negatives
+from vlblocks.ops.linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
     "CaptionLoss",
@@ -28,6 +29,7 @@ __all__ = [
     "clip_temperature",
     "grounding_loss",
     "info_nce",
+    "linear_cross_entropy",
     "mask_codes",
     "masked_grounding_loss",
     "masked_rows",

@@ -12,7 +12,7 @@ computes, is then that of the full batch. Equal amounts give a share of 1, and t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -96,6 +96,90 @@ def broadcast(x: Tensor, source: int = 0, *, group: Group | None = None) -> Tens
     return copy
 
 
+def exchange_rows(x: Tensor, *, sizes: Sequence[int], group: Group | None = None) -> Tensor:
+    """What every rank has for this rank's rows, x [sum b, ...] -> [ranks, b, ...], in rank order; without gradient.
+
+    Args:
+        x: [sum b, ...], something for every rank's rows.
+        sizes: every rank's b (`gather_sizes`).
+    """
+    ranks, own = world_size(group), sizes[rank(group)]
+    if ranks == 1:
+        return x.detach()[None]
+    received = x.new_empty((ranks * own, *x.shape[1:]))
+    dist.all_to_all_single(received, x.detach().contiguous(), [own] * ranks, list(sizes), group=group)
+    return received.unflatten(0, (ranks, own))
+
+
+def reduce_scatter(x: Tensor, *, sizes: Sequence[int], group: Group | None = None) -> Tensor:
+    """Sum over ranks of x [sum b, ...], of which each rank gets its own rows [b, ...]; without gradient.
+
+    Args:
+        x: [sum b, ...], something for every rank's rows.
+        sizes: every rank's b (`gather_sizes`).
+    """
+    return x.detach() if world_size(group) == 1 else _reduce_scatter_rows(x.detach(), sizes, group)
+
+
+class RingSum:
+    """Sums of every rank's parts for a block of rows, which follow the blocks of `ring` around the ranks.
+
+    A block's sum arrives where the block itself was one step before: it moves while the next part is computed.
+
+    Args:
+        sizes: every rank's b (`gather_sizes`).
+    """
+
+    def __init__(self, *, sizes: Sequence[int], group: Group | None = None) -> None:
+        self._sizes, self._group = sizes, group
+        self._moving = _Moving()
+        self._arriving: Tensor | None = None
+
+    def add(self, owner: int, part: Tensor) -> None:
+        """Adds this rank's part [b of owner, ...] and passes the sum on; owners in the order of `ring`."""
+        total = part if self._arriving is None else part + self._arrived()
+        ranks = world_size(self._group)
+        if ranks == 1:
+            self._arriving = total
+            return
+        self._arriving = total.new_empty((self._sizes[(owner - 1) % ranks], *total.shape[1:]))
+        self._moving.start([total], [self._arriving], 1, self._group)
+
+    def finish(self) -> Tensor:
+        """The sum [b, ...] over all ranks for this rank's own rows, once each rank has added to every block."""
+        return self._arrived()
+
+    def _arrived(self) -> Tensor:
+        self._moving.wait()
+        assert self._arriving is not None
+        return self._arriving
+
+
+def ring(
+    tensors: Sequence[Tensor], *, sizes: Sequence[int], group: Group | None = None
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Every rank's blocks in turn, this rank's own first: (owner, tensors [b of owner, ...]); without gradient.
+
+    The blocks go round a ring of ranks. The next ones arrive while the caller works on the present ones, of which two
+    are held at a time, instead of all. A rank of no rows takes part with empty blocks.
+
+    Args:
+        tensors: this rank's blocks, each [b, ...].
+        sizes: every rank's b (`gather_sizes`).
+    """
+    ranks, own = world_size(group), rank(group)
+    present = [x.detach().contiguous() for x in tensors]
+    for step in range(ranks):
+        moving, following = _Moving(), []
+        if step + 1 < ranks:
+            size = sizes[(own - step - 1) % ranks]
+            following = [x.new_empty((size, *x.shape[1:])) for x in present]
+            moving.start(present, following, 0, group)
+        yield (own - step) % ranks, present
+        moving.wait()
+        present = following
+
+
 def rank_share(amount: Tensor | float, *, device: torch.device | str = "cpu", group: Group | None = None) -> Tensor:
     """This rank's amount over the ranks' mean amount -> float32 scalar: the weight of a rank's mean loss.
 
@@ -140,6 +224,29 @@ def _reduce_scatter_rows(x: Tensor, sizes: Sequence[int], group: Group | None) -
     own = x.new_empty((longest, *x.shape[1:]))
     dist.reduce_scatter_tensor(own, x.contiguous(), group=group)
     return own[: sizes[rank(group)]]
+
+
+class _Moving:
+    """Tensors on their way to the next rank, and from the one before."""
+
+    def __init__(self) -> None:
+        self._work: list[Any] = []
+        self._sent: list[Tensor] = []  # kept alive until they have left
+
+    def start(self, sent: Sequence[Tensor], received: Sequence[Tensor], tag: int, group: Group | None) -> None:
+        ranks, own = world_size(group), rank(group)
+        after, before = (own + 1) % ranks, (own - 1) % ranks
+        if group is not None:
+            after, before = dist.get_global_rank(group, after), dist.get_global_rank(group, before)
+        self._sent = [x.contiguous() for x in sent]
+        steps = [dist.P2POp(dist.isend, x, after, group, tag) for x in self._sent if x.numel()]
+        steps += [dist.P2POp(dist.irecv, x, before, group, tag) for x in received if x.numel()]
+        self._work = dist.batch_isend_irecv(steps) if steps else []
+
+    def wait(self) -> None:
+        for work in self._work:
+            work.wait()
+        self._work, self._sent = [], []
 
 
 class _GatherWithGrad(torch.autograd.Function):

@@ -28,6 +28,8 @@ Metric = Literal["l2", "cosine"]
 
 BACKENDS = ("auto", "triton", "reference")
 
+AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -204,7 +206,8 @@ def _check(x: Tensor, codes: Tensor, temperature: Tensor | float, valid: Tensor 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    # Not torch.amp.is_autocast_available, which torch 2.10 and 2.11 cannot compile.
+    if kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -12,10 +12,20 @@ import torch
 from torch import Tensor
 
 from vlblocks.errors import UserError
-from vlblocks.ops.renderings import KeyRuns, make_block_mask, make_key_runs, segment_of, table_of
+from vlblocks.ops.renderings import (
+    KeyRuns,
+    make_block_mask,
+    make_kernel_runs,
+    make_key_runs,
+    on_device,
+    segment_of,
+    table_of,
+)
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+    from vlblocks_kernels.attention import Runs
 
 __all__ = ["KeyRuns", "MaskedRows", "SegmentMask"]
 
@@ -35,9 +45,9 @@ def is_settled_false(flags: Tensor) -> bool:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SegmentMask:
-    """The one way a mask travels: a table over named segments instead of a [T, T] tensor. Made by `build` or `single`.
+    """The one way a mask travels: a table over named segments; made by `build`, `single` or `packed`.
 
-    ``allowed[b, q, k] = valid[q] and valid[k] and table[segment(q), segment(k)]``, and inside the causal segment also
+    ``allowed[b, q, k] = valid[q] and valid[k] and table[segment(q), segment(k)]``, and inside a causal segment also
     ``k <= q or k < prefix[b]`` (positions counted from that segment's start). The queries are the last `queries` of
     the T positions (all of them unless `last_queries` was called). A query row that may attend to nothing, such as a
     padded one, gives zeros (``masked_rows="zeros"``) or an ordinary softmax over all T positions, padding included
@@ -50,7 +60,7 @@ class SegmentMask:
     lengths: tuple[int, ...]
     table: tuple[tuple[bool, ...], ...]
     valid: tuple[Tensor | None, ...]
-    causal: str | None
+    causal: tuple[str, ...]
     prefix: Tensor | None
     masked_rows: MaskedRows
     queries: int
@@ -64,7 +74,7 @@ class SegmentMask:
         sees: Mapping[str, Iterable[str]],
         *,
         valid: Mapping[str, Tensor | None] | None = None,
-        causal: str | None = None,
+        causal: str | Iterable[str] | None = None,
         prefix: Tensor | None = None,
         masked_rows: MaskedRows = "zeros",
     ) -> SegmentMask:
@@ -74,8 +84,8 @@ class SegmentMask:
             segments: name -> length in tokens, in sequence order; a length may be 0.
             sees: query segment -> the key segments it may attend to; a segment without an entry attends to nothing.
             valid: name -> [B, length] bool, True = real token; a segment without an entry (or None) is all real.
-            causal: the segment that is causal within itself.
-            prefix: [B] integer; the causal segment's first prefix[b] tokens are seen by all of its tokens.
+            causal: the segment, or segments, that are causal within themselves.
+            prefix: [B] integer; a causal segment's first prefix[b] tokens are seen by all of its tokens.
             masked_rows: what a query row that may attend to nothing gives: "zeros" or "open".
 
         Raises:
@@ -93,8 +103,9 @@ class SegmentMask:
         for name, wanted in seen.items():
             for key in sorted(wanted):
                 _check_name(f"sees[{name!r}] names {key!r}, which", key, names)
-        if causal is not None:
-            _check_name(f"causal={causal!r}", causal, names)
+        causal = () if causal is None else (causal,) if isinstance(causal, str) else tuple(causal)
+        for name in causal:
+            _check_name(f"causal={name!r}", name, names)
         if masked_rows not in ("zeros", "open"):
             raise UserError(f"masked_rows={masked_rows!r} is unknown: choose 'zeros' or 'open'")
 
@@ -109,7 +120,7 @@ class SegmentMask:
                 raise UserError(f"valid[{name!r}] has shape {list(real.shape)}: give [batch, {segments[name]}]")
             tensors[f"valid[{name!r}]"] = real
         if prefix is not None:
-            if causal is None:
+            if not causal:
                 raise UserError("prefix is given without causal: name the causal segment, or leave prefix out")
             if prefix.dim() != 1 or prefix.is_floating_point() or prefix.dtype == torch.bool:
                 raise UserError(
@@ -161,9 +172,19 @@ class SegmentMask:
             masked_rows=masked_rows,
         )
 
+    @classmethod
+    def packed(cls, lengths: Sequence[int], *, causal: bool = False) -> SegmentMask:
+        """Examples of these lengths side by side on one axis, for a batch of 1: each sees itself, `causal` or whole."""
+        names = [str(i) for i in range(len(lengths))]
+        return cls.build(
+            dict(zip(names, lengths, strict=True)),
+            {name: (name,) for name in names},
+            causal=names if causal else None,
+        )
+
     def __repr__(self) -> str:
         parts = ", ".join(
-            f"{name}[{length}{'' if real is None else ' padded'}{' causal' if name == self.causal else ''}]"
+            f"{name}[{length}{'' if real is None else ' padded'}{' causal' if name in self.causal else ''}]"
             f" -> {{{', '.join(key for key, seen in zip(self.names, row, strict=True) if seen)}}}"
             for name, length, real, row in zip(self.names, self.lengths, self.valid, self.table, strict=True)
         )
@@ -202,9 +223,13 @@ class SegmentMask:
         row = self.table[self.names.index(name)]
         return tuple(key for key, seen, n in zip(self.names, row, self.lengths, strict=True) if seen and n)
 
-    def causal_within(self) -> str | None:
-        """The causal segment, if it sees itself at all (otherwise its order says nothing)."""
-        return self.causal if self.causal is not None and self.causal in self.visible(self.causal) else None
+    def causal_within(self) -> tuple[str, ...]:
+        """The causal segments that see themselves at all (otherwise their order says nothing), in sequence order."""
+        return tuple(
+            name
+            for name, row, n, i in zip(self.names, self.table, self.lengths, range(len(self.names)), strict=True)
+            if name in self.causal and row[i] and n
+        )
 
     def last_queries(self, n: int) -> SegmentMask:
         """The same keys for the last n positions as the only queries (decoding with a key-value cache)."""
@@ -304,13 +329,14 @@ class SegmentMask:
         table = table_of(self, device)
         allowed = table[segment[hidden:]][:, segment][None]
         causal = self.causal_within()
-        if causal is not None:
-            index = self.names.index(causal)
+        if causal:
             position = torch.arange(self.total, device=device)
+            is_ordered = on_device([name in causal for name in self.names], torch.bool, device)[segment]
             late = position > position[hidden:, None]
-            late = (late & (segment == index) & (segment[hidden:, None] == index))[None]
+            late = (late & (segment == segment[hidden:, None]) & is_ordered)[None]
             if self.prefix is not None:
-                late = late & (position - self.offset(causal) >= self.prefix[:, None])[:, None]
+                begins = on_device([self.offset(name) for name in self.names], torch.long, device)[segment]
+                late = late & (position - begins >= self.prefix[:, None])[:, None]
             allowed = allowed & ~late
         valid = self.valid_tokens()
         if valid is not None:
@@ -329,12 +355,14 @@ class SegmentMask:
         return self.memo(("block_mask", block_size, device), lambda: make_block_mask(self, block_size, device))
 
     def key_runs(self, device: torch.device | str | None = None) -> KeyRuns:
-        """Per example and query segment the runs [start, stop) of keys it may attend to.
-
-        The largest number of runs is read back from the device: one sync per mask.
-        """
+        """Per example and query segment the runs [start, stop) of keys it may attend to; waits for no device."""
         device = self.resolve_device(device)
         return self.memo(("key_runs", device), lambda: make_key_runs(self, device))
+
+    def kernel_runs(self, device: torch.device | str | None = None) -> Runs:
+        """The same with masked_rows="zeros", as the Triton kernels take it."""
+        device = self.resolve_device(device)
+        return self.memo(("kernel_runs", device), lambda: make_kernel_runs(self, device))
 
     def resolve_device(self, device: torch.device | str | None) -> torch.device:
         """The device renderings are made on.
