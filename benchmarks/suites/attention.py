@@ -205,7 +205,7 @@ def _rows_of(problem: Problem, backward: bool, ceiling: Ceiling, quick: bool) ->
         if not timing.note:
             if device != "cpu":
                 memory = Memory(measure(steps[name], device=device))
-            elif quick or (problem.heads == 12 and not name.startswith("reference")):
+            elif problem.heads == 12 and not name.startswith("reference"):
                 options = {"provider": name, "backward": backward, "problem": list(problem)}
                 memory = peak_memory("suites/attention.py:build", options, warmup=1)
             if memory.peak_mib is not None:

@@ -18,7 +18,7 @@ from harness import Row, time_alternating
 from memory import peak_memory
 from torch import Tensor
 
-from vlblocks.losses import masked_rows, masked_token_loss, matching_loss, mine_hard_negatives, two_view_contrast
+from vlblocks.losses import draw_hard_negatives, masked_rows, masked_token_loss, matching_loss, two_view_contrast
 from vlblocks.nn import fusion
 from vlblocks_recipes.unimo2.configs import PRESETS, GroundingConfig, ModelConfig, ObjectiveConfig, TowerConfig
 from vlblocks_recipes.unimo2.model import Unimo2
@@ -110,9 +110,10 @@ def original_losses(
     own = streams["pairs"]
     features = model.features("image", image[own]), model.features("text", text[own], text_valid[own])
     losses["pairs"]["contrast"] = model.contrastive(*features, image_ids=pairs["image_id"])
-    with torch.no_grad():
-        similarity = features[0] @ features[1].T / model.temperature()
-        negatives = mine_hard_negatives(similarity, image_ids=pairs["image_id"], generator=generator)
+    # The same draw: losses are compared.
+    negatives = draw_hard_negatives(
+        *features, temperature=model.temperature(), image_ids=pairs["image_id"], generator=generator
+    )
     rows = torch.arange(size, device=device)
     wrong_image = image[own][torch.cat([rows, negatives.image_for_text])]
     text_rows = torch.cat([negatives.text_for_image, rows])

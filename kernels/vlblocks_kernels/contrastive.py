@@ -210,6 +210,48 @@ def sums_chunked(
     return Sums(rows, side_of_columns, own)
 
 
+@torch.no_grad()
+def draw_pairs(
+    left: Tensor,
+    right: Tensor,
+    scale: Tensor,
+    ids: Tensor,
+    generator: torch.Generator | None,
+    chunk_bytes: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A column for each row and a row for each column, drawn by the softmax of scale <left_i, right_j> over unlike ids.
+
+    Independent draws, in one pass over the tiles: of competing clocks that ring at rates e^z, each is first with the
+    probability of the softmax, and of the first of each tile the first is first of all. NaN counts as 0, an infinity as
+    the largest number. What is drawn depends on the size of the tiles, its distribution does not.
+
+    Args:
+        left: [n, D].
+        right: [n, D].
+        scale: [1].
+        ids: [n] integers. Where all are alike, what is drawn means nothing.
+        generator: makes the draw repeatable; on left's device.
+        chunk_bytes: size of the logits held at once; None: what suits the device.
+    """
+    dtype = accumulation_dtype(left, right)
+    left, right = left.to(dtype) * scale.to(dtype), right.to(dtype)
+    earliest = [left.new_full((len(left),), -math.inf) for _ in range(2)]
+    drawn = [torch.zeros(len(left), dtype=torch.long, device=left.device) for _ in range(2)]
+    shape = tile_shape(len(left), len(right), left.element_size(), chunk_bytes, left.is_cuda)
+    logits, clocks = (left.new_empty(shape[0] * shape[1]) for _ in range(2))
+    for r, c, (alike, _) in tiles(len(left), len(right), shape, Pairing(None, ids, ids)):
+        z = product_into(logits, left[r], right[c]).nan_to_num_()
+        if alike is not None:
+            z.masked_fill_(alike, -math.inf)
+        for side, at, start in ((0, r, c.start), (1, c, r.start)):
+            times = clocks[: z.numel()].view_as(z).exponential_(generator=generator)
+            top, place = torch.sub(z, times.log_(), out=times).max(1 - side)
+            sooner = top > earliest[side][at]
+            earliest[side][at] = torch.where(sooner, top, earliest[side][at])
+            drawn[side][at] = torch.where(sooner, place + start, drawn[side][at])
+    return drawn[0], drawn[1]
+
+
 class Products:
     """Gradients to both sides' features, from tiles of the logits' gradient as they come."""
 

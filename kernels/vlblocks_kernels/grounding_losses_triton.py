@@ -38,7 +38,7 @@ _SLIM = {
 }
 _IEEE = {
     "over_width": Config({"BN": 64, "BK": 64, "BD": 16}, warps=8, stages=2, registers=128),
-    "slopes": Config({"BN": 32, "BK": 64, "BD": 16}, warps=8, stages=2, registers=168),
+    "slopes": Config({"BN": 32, "BK": 32, "BD": 16}, warps=8, stages=2, registers=128),
     "over_picks": Config({"BN": 64, "BK": 16, "BD": 64}, warps=8, stages=2, registers=128),
     "over_tokens": Config({"BN": 16, "BK": 64, "BD": 64}, warps=8, stages=2, registers=128),
 }

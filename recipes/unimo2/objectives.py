@@ -10,11 +10,11 @@ from torch import Tensor
 
 from vlblocks.losses import (
     HardNegatives,
+    draw_hard_negatives,
     mask_codes,
     masked_grounding_loss,
     masked_rows,
     matching_loss,
-    mine_hard_negatives,
     two_view_contrast,
 )
 from vlblocks.models import JointStates
@@ -86,9 +86,9 @@ def pair_losses(
     rows = torch.arange(math.ceil(weights.fused_share * len(ids)), device=ids.device)
     fused = None if weights.whole_text else _fuse_found(model, image, text, valid, rows)
     if weights.matching:
-        with torch.no_grad():
-            similarity = features[0] @ features[1].T / model.temperature()
-            negatives = mine_hard_negatives(similarity, image_ids=ids, generator=generator)
+        negatives = draw_hard_negatives(
+            *features, temperature=model.temperature(), image_ids=ids, generator=generator
+        )
         true = None if fused is None else fused[1]
         losses["matching"] = _matching(model, image, text, valid, negatives, rows, true)
     if fused is None:

@@ -12,7 +12,7 @@ from vlblocks.losses.masked import (
     masked_rows,
     masked_token_loss,
 )
-from vlblocks.losses.matching import HardNegatives, matching_loss, mine_hard_negatives
+from vlblocks.losses.matching import HardNegatives, draw_hard_negatives, matching_loss, mine_hard_negatives
 from vlblocks.ops.linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "caption_loss",
     "circle_loss",
     "clip_temperature",
+    "draw_hard_negatives",
     "grounding_loss",
     "info_nce",
     "linear_cross_entropy",

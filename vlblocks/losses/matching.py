@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlblocks.errors import UserError
 from vlblocks.losses._reduce import check_rows, mean_cross_entropy, upcast
+from vlblocks.ops.contrastive import hard_pairs
 
 
 def matching_loss(logits: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -88,3 +89,36 @@ def mine_hard_negatives(
     drawn = torch.multinomial(both.softmax(dim=1), 1, generator=generator).squeeze(1)
     text_for_image, image_for_text = torch.where(found, drawn.unflatten(0, (2, rows)), own)
     return HardNegatives(text_for_image, image_for_text, found)
+
+
+@torch.no_grad()
+def draw_hard_negatives(
+    image: Tensor,
+    text: Tensor,
+    *,
+    temperature: Tensor | float,
+    image_ids: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    chunk_bytes: int | None = None,
+) -> HardNegatives:
+    """Draws as `mine_hard_negatives` does of the logits image text^T / temperature, which are never whole.
+
+    The draws are others, and depend on chunk_bytes; their distribution is the same.
+
+    Args:
+        image: [b, D] features.
+        text: [b, D] features; row i is image i's text.
+        temperature: what similarities are divided by (scalar or [1]).
+        image_ids: [b] integers, equal for equal pictures.
+        generator: makes the draw repeatable; on image's device.
+        chunk_bytes: size of the logits that are held at once; None: what suits the device.
+
+    Raises:
+        UserError: shapes that do not fit.
+
+    Source: Li et al. 2021 (ALBEF); the draw by competing clocks: Efraimidis and Spirakis 2006.
+    """
+    if image.ndim != 2 or image.shape != text.shape:
+        raise UserError(f"image {list(image.shape)} and text {list(text.shape)}: give both the same shape [b, D]")
+    check_rows("image_ids", image_ids, image.shape[0])
+    return HardNegatives(*hard_pairs(image, text, temperature, image_ids, generator, chunk_bytes))

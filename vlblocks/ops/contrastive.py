@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from vlblocks.errors import UserError
 from vlblocks.ops import collectives
-from vlblocks_kernels.contrastive import LN2, LOG2E, Pairing, contrast, contrast_backward, merge
+from vlblocks_kernels.contrastive import LN2, LOG2E, Pairing, contrast, contrast_backward, draw_pairs, merge
 from vlblocks_kernels.sigmoid_contrast import sigmoid_contrast, sigmoid_contrast_rows
 
 ContrastBackend = Literal["auto", "chunked", "triton"]
@@ -221,6 +221,33 @@ def siglip_total(
     need_left = grad and (image.requires_grad or scale.requires_grad or bias.requires_grad)
     need_right = grad and text.requires_grad
     return sigmoid_contrast(image, text, scale, bias, row_weight.to(dtype), *settings, need_left, need_right)[0]
+
+
+@torch.no_grad()
+def hard_pairs(
+    image: Tensor,
+    text: Tensor,
+    temperature: Tensor | float,
+    ids: Tensor | None,
+    generator: torch.Generator | None,
+    chunk_bytes: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A text [b] for each image, an image [b] for each text, and whether [b] there are any of another picture.
+
+    See `losses.draw_hard_negatives`. Where there are none, both are the row itself.
+    """
+    rows, device = image.shape[0], image.device
+    own = torch.arange(rows, device=device)
+    if ids is None:
+        found, codes = (own < rows) if rows > 1 else (own < 0), own
+    else:
+        groups = Groups.of(ids, None)
+        found, codes = groups.texts < rows, groups.codes
+    with torch.autocast(device.type, enabled=False):
+        wide = torch.promote_types(image.dtype, torch.float32)
+        number = temperature.to(wide) if isinstance(temperature, Tensor) else image.new_full((1,), temperature, dtype=wide)
+        texts, images = draw_pairs(image, text, 1 / number.reshape(1), codes, generator, chunk_bytes)
+    return torch.where(found, texts, own), torch.where(found, images, own), found
 
 
 class _Settings(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from vlblocks.data import BadData
-from vlblocks.losses import mine_hard_negatives
+from vlblocks.losses import draw_hard_negatives
 from vlblocks_recipes.unimo2 import eval as evaluation
 from vlblocks_recipes.unimo2 import train
 from vlblocks_recipes.unimo2.runs import load_run, load_task
@@ -82,7 +82,9 @@ def test_contrast_and_matching_are_those_of_pairs_scored_one_by_one(task_of):
     similarity = similarity / net.base.temperature().item()
     own = torch.arange(5)
     contrast = (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
-    drawn = mine_hard_negatives(similarity, image_ids=own, generator=torch.Generator().manual_seed(5))
+    # Features whose products are the similarities.
+    features = similarity.float(), torch.eye(5)
+    drawn = draw_hard_negatives(*features, temperature=1.0, generator=torch.Generator().manual_seed(5))
     pairs = [(i, i, 1) for i in range(5)] + [(i, int(t), 0) for i, t in enumerate(drawn.text_for_image)]
     pairs += [(int(i), t, 0) for t, i in enumerate(drawn.image_for_text)]
     matching = torch.stack([-scores[i][t][0].log_softmax(0)[label] for i, t, label in pairs]).mean()
