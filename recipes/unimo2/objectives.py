@@ -86,9 +86,7 @@ def pair_losses(
     rows = torch.arange(math.ceil(weights.fused_share * len(ids)), device=ids.device)
     fused = None if weights.whole_text else _fuse_found(model, image, text, valid, rows)
     if weights.matching:
-        negatives = draw_hard_negatives(
-            *features, temperature=model.temperature(), image_ids=ids, generator=generator
-        )
+        negatives = draw_hard_negatives(*features, temperature=model.temperature(), image_ids=ids, generator=generator)
         true = None if fused is None else fused[1]
         losses["matching"] = _matching(model, image, text, valid, negatives, rows, true)
     if fused is None:

@@ -245,7 +245,9 @@ def hard_pairs(
         found, codes = groups.texts < rows, groups.codes
     with torch.autocast(device.type, enabled=False):
         wide = torch.promote_types(image.dtype, torch.float32)
-        number = temperature.to(wide) if isinstance(temperature, Tensor) else image.new_full((1,), temperature, dtype=wide)
+        number = (
+            temperature.to(wide) if isinstance(temperature, Tensor) else image.new_full((1,), temperature, dtype=wide)
+        )
         texts, images = draw_pairs(image, text, 1 / number.reshape(1), codes, generator, chunk_bytes)
     return torch.where(found, texts, own), torch.where(found, images, own), found
 
