@@ -250,9 +250,257 @@ def test_siglip_module():
     assert all(p.grad.abs() > 0 for p in module.parameters())
 
 
+IDS = torch.tensor([7, 3, 7, 1, 3])
+WEIGHT = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0], dtype=torch.float64)
+
+
+def queues(size=6):
+    generator = torch.Generator().manual_seed(4)
+    image, text = torch.randn(2, size, WIDTH, dtype=torch.float64, generator=generator)
+    return {"queue_image": image, "queue_text": text}
+
+
+def teachers():
+    generator = torch.Generator().manual_seed(5)
+    image, text = torch.randn(2, ROWS, WIDTH, dtype=torch.float64, generator=generator)
+    return {"teacher_image": image, "teacher_text": text, "alpha": 0.4}
+
+
+VALID = {"queue_valid": torch.tensor([True, False, True, True, False, True])}
+OPTIONS = {
+    "plain": {},
+    "weight": {"weight": WEIGHT},
+    "positives": {"image_ids": IDS, "weight": WEIGHT},
+    "excluded": {"image_ids": IDS, "weight": WEIGHT, "same_id": "exclude"},
+    "smooth": {"label_smoothing": 0.2, "image_ids": IDS},
+    "excluded, smooth": {"label_smoothing": 0.2, "image_ids": IDS, "weight": WEIGHT, "same_id": "exclude"},
+    "queue": queues(),
+    "queue, smooth": queues() | VALID | {"label_smoothing": 0.2},
+    "teacher": teachers(),
+    "teacher, excluded": teachers() | {"image_ids": IDS, "weight": WEIGHT, "same_id": "exclude"},
+    "ALBEF": teachers() | queues() | VALID | {"image_ids": IDS, "weight": WEIGHT, "label_smoothing": 0.1},
+}
+every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+def all_gradients(loss, *leaves):
+    """The loss, and its gradients with unlike weights of its rows."""
+    weights = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).reshape(loss.shape)
+    return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), leaves)]
+
+
+@every_option
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_info_nce_in_tiles_equals_the_plain_twin(options, reduction):
+    image, text = features()
+    temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+
+    def run(backend, chunk_bytes=None):
+        settings = {"reduction": reduction, "backend": backend, "chunk_bytes": chunk_bytes}
+        return all_gradients(
+            info_nce(image, text, temperature=temperature, **options, **settings), image, text, temperature
+        )
+
+    expected = run("reference")
+    # One pair at a time, tiles that do not divide the batch, and all at once.
+    for chunk in (1, 60, 130, None):
+        for have, want in zip(run("chunked", chunk), expected, strict=True):
+            torch.testing.assert_close(have, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"weight": WEIGHT}, {"image_ids": IDS, "weight": WEIGHT}])
+@pytest.mark.parametrize("reduction", ["mean", "weighted", "sum", "none"])
+def test_siglip_in_tiles_equals_the_plain_twin(options, reduction):
+    image, text = features()
+    scale, bias = (torch.tensor([v], dtype=torch.float64, requires_grad=True) for v in (2.0, -1.0))
+
+    def run(backend, chunk_bytes=None):
+        settings = {"reduction": reduction, "backend": backend, "chunk_bytes": chunk_bytes}
+        return all_gradients(
+            siglip(image, text, scale=scale, bias=bias, **options, **settings), image, text, scale, bias
+        )
+
+    expected = run("reference")
+    for chunk in (1, 60, None):
+        for have, want in zip(run("chunked", chunk), expected, strict=True):
+            torch.testing.assert_close(have, want, rtol=1e-10, atol=1e-12)
+
+
+def test_two_views_in_tiles_equal_the_plain_twin():
+    views = features()
+    temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+
+    def run(backend, chunk_bytes=None):
+        settings = {"weight": WEIGHT, "backend": backend, "chunk_bytes": chunk_bytes}
+        return all_gradients(two_view_contrast(*views, temperature=temperature, **settings), *views, temperature)
+
+    expected = run("reference")
+    for chunk in (1, 60, None):
+        for have, want in zip(run("chunked", chunk), expected, strict=True):
+            torch.testing.assert_close(have, want, rtol=1e-10, atol=1e-12)
+
+
+@every_option
+def test_info_nce_gradcheck_of_everything(options):
+    image, text = features()
+    temperature = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
+    # The teacher's logits share the temperature without a gradient: a number moved by hand would move them.
+    constant = temperature.detach()
+    inputs = (image, text) if "alpha" in options else (image, text, temperature)
+
+    def loss(image, text, temperature=constant):
+        return info_nce(image, text, temperature=temperature, chunk_bytes=60, **options)
+
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("reduction", ["weighted", "none"])
+def test_siglip_gradcheck_of_everything(reduction):
+    scale, bias = (torch.tensor([v], dtype=torch.float64, requires_grad=True) for v in (2.0, -1.0))
+
+    def loss(image, text, scale, bias):
+        settings = {"weight": WEIGHT, "image_ids": IDS, "reduction": reduction, "chunk_bytes": 60}
+        return siglip(image, text, scale=scale, bias=bias, **settings)
+
+    assert torch.autograd.gradcheck(loss, (*features(), scale, bias))
+
+
+def test_queue_by_hand():
+    image, text = features()
+    queue = queues()
+    to_text = torch.cat([image @ text.t(), image @ queue["queue_text"].t()], dim=1) / 0.3
+    to_image = torch.cat([text @ image.t(), text @ queue["queue_image"].t()], dim=1) / 0.3
+    own = torch.arange(ROWS)
+    expected = (F.cross_entropy(to_text, own) + F.cross_entropy(to_image, own)) / 2
+    torch.testing.assert_close(info_nce(image, text, temperature=0.3, **queue), expected)
+    smoothed = (
+        F.cross_entropy(to_text, own, label_smoothing=0.1) + F.cross_entropy(to_image, own, label_smoothing=0.1)
+    ) / 2
+    torch.testing.assert_close(info_nce(image, text, temperature=0.3, label_smoothing=0.1, **queue), smoothed)
+
+
+def test_what_a_queue_does_not_hold_yet_is_no_negative():
+    image, text = features()
+    queue = queues()
+    queue["queue_image"][1] = queue["queue_text"][4] = math.nan
+    valid = torch.tensor([True, False, True, True, False, True])
+    clean = {name: x[valid] for name, x in queues().items()}
+    whole = all_gradients(info_nce(image, text, temperature=0.3, **clean), image, text)
+    queue = {name: x.nan_to_num(50.0) for name, x in queue.items()}
+    found = all_gradients(info_nce(image, text, temperature=0.3, **queue, queue_valid=valid), image, text)
+    for have, want in zip(found, whole, strict=True):
+        torch.testing.assert_close(have, want)
+    none = torch.zeros(6, dtype=torch.bool)
+    torch.testing.assert_close(
+        info_nce(image, text, temperature=0.3, **queue, queue_valid=none), info_nce(image, text, temperature=0.3)
+    )
+
+
+def test_teacher_by_hand():
+    image, text = features()
+    teacher = teachers()
+    scores = teacher["teacher_image"] @ teacher["teacher_text"].t() / 0.3
+    logits = image @ text.t() / 0.3
+    hard = torch.eye(ROWS, dtype=torch.float64)
+    expected = (
+        F.cross_entropy(logits, 0.4 * scores.softmax(1) + 0.6 * hard)
+        + F.cross_entropy(logits.t(), 0.4 * scores.t().softmax(1) + 0.6 * hard)
+    ) / 2
+    torch.testing.assert_close(info_nce(image, text, temperature=0.3, **teacher), expected)
+    torch.testing.assert_close(
+        info_nce(image, text, temperature=0.3, **(teacher | {"alpha": 0.0})), info_nce(image, text, temperature=0.3)
+    )
+
+
+def test_queue_and_teacher_get_no_gradient():
+    image, text = features()
+    constants = {name: x.requires_grad_() for name, x in (queues() | teachers()).items() if name != "alpha"}
+    info_nce(image, text, temperature=0.3, **constants).backward()
+    assert image.grad.abs().sum() > 0
+    assert all(x.grad is None for x in constants.values())
+
+
+@pytest.mark.parametrize("name", ["info_nce", "two_view", "siglip"])
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_logits_of_ten_thousand(name, size):
+    image, text = (torch.full((3, 1), value, requires_grad=True) for value in (size, 1.0))
+    number = torch.ones(1, requires_grad=True)
+    loss = {
+        "info_nce": lambda: info_nce(image, text, temperature=number),
+        "siglip": lambda: siglip(image, text, scale=number, bias=0.0),
+        "two_view": lambda: two_view_contrast(image, text, temperature=number),
+    }[name]()
+    loss.backward()
+    if name == "info_nce":
+        assert loss.item() == pytest.approx(math.log(3), rel=1e-2)
+    assert all(x.isfinite().all() for x in (loss, image.grad, text.grad, number.grad))
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e6])
+def test_extreme_temperatures_stay_finite(temperature):
+    image, text = (x.detach().float().requires_grad_() for x in features())
+    number = torch.tensor([temperature], requires_grad=True)
+    for loss in (info_nce(image, text, temperature=number), two_view_contrast(image, text, temperature=number)):
+        image.grad = text.grad = number.grad = None
+        loss.backward()
+        assert all(x.isfinite().all() for x in (loss, image.grad, text.grad, number.grad))
+
+
+def test_small_losses_of_pairs_are_not_lost():
+    """At a logit of 20 a right pair loses 2e-9, which 1 + 2e-9 rounds away in float32."""
+    from vlblocks_kernels.sigmoid_contrast import _softplus_sums
+
+    z = torch.tensor([[-20.0, -20.0, -20.0], [-10.0, -15.0, -5.0], [30.0, 0.0, -30.0]])
+    exact = F.softplus(z.double()).sum(1)
+    found = _softplus_sums(z, torch.empty(9), torch.empty(9))
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_a_frozen_side_costs_no_gradient():
+    image, text = features()
+    for loss in all_losses().values():
+        (found,) = torch.autograd.grad(loss(image, text.detach()), image)
+        expected, _ = torch.autograd.grad(loss(image, text), (image, text))
+        torch.testing.assert_close(found, expected)
+        (found,) = torch.autograd.grad(loss(image.detach(), text), text)
+        _, expected = torch.autograd.grad(loss(image, text), (image, text))
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_number_alone_can_learn():
+    image, text = (x.detach() for x in features())
+    number = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: info_nce(image, text, temperature=t), (number,))
+    assert torch.autograd.gradcheck(lambda s: siglip(image, text, scale=s, bias=-s), (number,))
+    assert torch.autograd.gradcheck(lambda s: siglip(image, text, scale=s, bias=-s, reduction="none"), (number,))
+
+
+def test_a_weight_can_learn():
+    image, text = (x.detach() for x in features())
+    weight = WEIGHT.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: siglip(image, text, scale=2.0, bias=-1.0, weight=w), (weight,))
+    assert torch.autograd.gradcheck(lambda w: info_nce(image, text, temperature=0.5, weight=w), (weight,))
+
+
 @pytest.mark.parametrize(
     ("call", "named"),
     [
+        (lambda a, b: info_nce(a, b, temperature=1.0, queue_image=a), "queue_image, queue_text"),
+        (lambda a, b: info_nce(a, b, temperature=1.0, queue_image=a[:, :2], queue_text=b[:, :2]), "queue_image"),
+        (lambda a, b: info_nce(a, b, temperature=1.0, queue_valid=torch.ones(2)), "queue_valid"),
+        (
+            lambda a, b: info_nce(a, b, temperature=1.0, queue_image=a, queue_text=b, queue_valid=torch.ones(5)),
+            "queue_valid",
+        ),
+        (lambda a, b: info_nce(a, b, temperature=1.0, teacher_text=b), "teacher_image, teacher_text"),
+        (lambda a, b: info_nce(a, b, temperature=1.0, teacher_image=a[:3], teacher_text=b[:3]), "teacher_image"),
+        (lambda a, b: info_nce(a, b, temperature=1.0, alpha=2.0), "alpha"),
+        (lambda a, b: info_nce(a, b, temperature=1.0, label_smoothing=-1), "label_smoothing"),
+        (lambda a, b: info_nce(a, b, temperature=1.0, exchange="star"), "exchange"),
+        (lambda a, b: info_nce(a, b, temperature=1.0, backend="cuda"), "backend"),
+        (lambda a, b: siglip(a, b, scale=1.0, bias=0.0, chunk_bytes=0), "chunk_bytes"),
+        (lambda a, b: siglip(a, b, scale=1.0, bias=0.0, reduction="avg"), "reduction"),
+        (lambda a, b: two_view_contrast(a, b, temperature=1.0, backend="fast"), "backend"),
         (lambda a, b: info_nce(a, b[:3], temperature=1.0), "text"),
         (lambda a, b: info_nce(a, b), "temperature"),
         (lambda a, b: info_nce(a, b, temperature=1.0, logit_scale=1.0), "logit_scale"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vlblocks.errors import UserError
-from vlblocks.losses import matching_loss, mine_hard_negatives
+from vlblocks.losses import draw_hard_negatives, matching_loss, mine_hard_negatives
 
 
 def test_mean_over_what_is_valid_by_hand():
@@ -121,3 +121,89 @@ def test_mistakes_are_named():
         matching_loss(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))
     with pytest.raises(UserError, match="weight"):
         matching_loss(torch.zeros(2, 2), torch.zeros(2, dtype=torch.long), torch.zeros(1))
+
+
+def features_of(similarity):
+    """Features whose products are the similarities."""
+    return similarity, torch.eye(len(similarity), dtype=similarity.dtype)
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 4, 24], ids=["whole", "pair by pair", "tiles"])
+def test_draws_from_features_follow_the_same_softmax(chunk_bytes):
+    similarity = torch.tensor([[9.0, 0.0, 1.0, 2.0], [1.0, 9.0, 0.0, 0.5], [2.0, 0.0, 9.0, 1.0], [0.0, 1.5, 1.0, 9.0]])
+    ids = torch.tensor([0, 1, 2, 1])
+    draws = 1000 if chunk_bytes else 3000
+    generator = torch.Generator().manual_seed(0)
+    text_counts, image_counts, both = torch.zeros(4, 4), torch.zeros(4, 4), torch.zeros(4, 4)
+    rows = torch.arange(4)
+    for _ in range(draws):
+        drawn = draw_hard_negatives(
+            *features_of(similarity / 2), temperature=0.5, image_ids=ids, generator=generator, chunk_bytes=chunk_bytes
+        )
+        text_counts[rows, drawn.text_for_image] += 1
+        image_counts[rows, drawn.image_for_text] += 1
+        both[drawn.text_for_image[0], drawn.image_for_text[2]] += 1
+        assert drawn.found.all()
+    masked = ids[:, None] == ids[None]
+    bound = 5 * 0.5 / math.sqrt(draws)
+    shares = [logits.masked_fill(masked, -math.inf).softmax(dim=1) for logits in (similarity, similarity.t())]
+    for counts, expected in zip((text_counts, image_counts), shares, strict=True):
+        assert (counts / draws - expected).abs().max() < bound
+    # Rows' and columns' draws know nothing of each other, though both see the pair of image 0 and text 2.
+    assert (both / draws - torch.outer(shares[0][0], shares[1][2])).abs().max() < bound
+
+
+def test_draws_from_features_can_be_repeated():
+    features = torch.randn(2, 40, 8)
+    first, second, other = (
+        draw_hard_negatives(*features, temperature=0.1, generator=torch.Generator().manual_seed(seed), chunk_bytes=999)
+        for seed in (3, 3, 4)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first.text_for_image, other.text_for_image)
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 100])
+def test_drawn_negatives_are_of_other_pictures(chunk_bytes):
+    ids = torch.randint(5, (40,))
+    image, text = torch.randn(2, 40, 8)
+    drawn = draw_hard_negatives(image, text, temperature=0.05, image_ids=ids, chunk_bytes=chunk_bytes)
+    assert drawn.found.all()
+    assert (ids[drawn.text_for_image] != ids).all() and (ids[drawn.image_for_text] != ids).all()
+    plain = draw_hard_negatives(image, text, temperature=0.05, chunk_bytes=chunk_bytes)
+    rows = torch.arange(40)
+    assert (plain.text_for_image != rows).all() and (plain.image_for_text != rows).all()
+
+
+def test_nothing_to_draw():
+    single = draw_hard_negatives(torch.ones(1, 2), torch.ones(1, 2), temperature=1.0)
+    assert (single.found.tolist(), single.text_for_image.tolist()) == ([False], [0])
+    twins = draw_hard_negatives(*torch.randn(2, 3, 2), temperature=1.0, image_ids=torch.tensor([5, 5, 5]))
+    assert not twins.found.any()
+    assert twins.text_for_image.tolist() == twins.image_for_text.tolist() == [0, 1, 2]
+    assert draw_hard_negatives(torch.zeros(0, 2), torch.zeros(0, 2), temperature=1.0).found.shape == (0,)
+
+
+def test_a_diverged_step_still_draws():
+    image, text = torch.randn(2, 6, 4)
+    image[1] = math.nan
+    text[2] = 1e38
+    drawn = draw_hard_negatives(image, text, temperature=torch.tensor([0.01]))
+    rows = torch.arange(6)
+    assert drawn.found.all()
+    assert ((drawn.text_for_image != rows) & (drawn.text_for_image < 6)).all()
+
+
+def test_bf16_features_are_compared_in_float32_under_autocast():
+    image, text = torch.randn(2, 30, 8).bfloat16()
+    expected = draw_hard_negatives(
+        image.float(), text.float(), temperature=0.1, generator=torch.Generator().manual_seed(0)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        found = draw_hard_negatives(image, text, temperature=0.1, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(found.text_for_image, expected.text_for_image)
+
+
+def test_mismatched_features_are_named():
+    with pytest.raises(UserError, match="text"):
+        draw_hard_negatives(torch.zeros(3, 2), torch.zeros(2, 2), temperature=1.0)

@@ -56,8 +56,9 @@ def info_nce_whole(
                 invalid = ~queue_valid
             hidden = torch.cat([hidden, invalid.expand(len(rows), -1)], dim=1)
             positive = F.pad(positive, (0, len(queue)))
-        target = (1 - label_smoothing) * positive / positive.sum(1, keepdim=True)
-        target = target + label_smoothing * ~hidden / (~hidden).sum(1, keepdim=True)
+        right, shown = positive.to(scale.dtype), (~hidden).to(scale.dtype)
+        target = (1 - label_smoothing) * right / right.sum(1, keepdim=True)
+        target = target + label_smoothing * shown / shown.sum(1, keepdim=True)
         if taught is not None and teacher is not None:
             against = ranks.constants(teacher)
             against = against if queue is None else torch.cat([against, queue.detach().to(teacher.dtype)])
