@@ -113,6 +113,8 @@ def linear_cross_entropy_chunked(
     pitch = -(-vocab // ALIGN) * ALIGN
     rows = max(1, min(chunk_bytes // (pitch * x.element_size()), len(counted)))
     buffer = x.new_empty((rows if len(counted) else 0, pitch))
+    # Products of half precision read past a row's end, up to the width of a tile: what lies there must be finite.
+    buffer[:, vocab:] = 0
     for start in range(0, len(counted), rows):
         place = counted[start : start + rows]
         states = x.index_select(0, place)
