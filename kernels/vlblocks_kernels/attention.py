@@ -81,6 +81,7 @@ def packed_runs(bounds: Tensor, *, keys: int, causal: bool = False, pairs: int =
         causal: within each example.
         pairs: as in `Runs`.
     """
+    bounds = bounds.contiguous()
     runs = torch.stack([bounds[:-1], bounds[1:]], dim=-1)[None, :, None]
     stops = bounds[1:] if causal else torch.zeros_like(bounds[1:])
     segments = torch.stack([torch.ones_like(stops), stops, torch.zeros_like(stops)], dim=-1)[None]

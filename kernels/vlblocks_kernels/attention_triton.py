@@ -23,7 +23,7 @@ from .attention import (
     threshold_of,
 )
 from .attention_kernels import forward_kernel, kv_grad_kernel, q_grad_kernel
-from .launch import TYPE_NAMES, CompileCase, Config, operation, sm_of, sm_row
+from .launch import SMS, TYPE_NAMES, CompileCase, Config, operation, sm_of, sm_row
 
 __all__ = ["MAX_HEAD", "attention", "compile_cases", "supports"]
 
@@ -37,12 +37,12 @@ _SMALL = 16
 _KERNELS = {"forward": forward_kernel, "q_grad": q_grad_kernel, "kv_grad": kv_grad_kernel}
 
 
-def _tiles(rows: int, keys: int, warps: int, stages: int) -> Config:
-    return Config({"BLOCK_M": rows, "BLOCK_N": keys}, warps, stages)
+def _tiles(rows: int, keys: int, warps: int, stages: int, registers: int | None = None) -> Config:
+    return Config({"BLOCK_M": rows, "BLOCK_N": keys}, warps, stages, registers)
 
 
 # (kernel, float32 or wider, padded head over 64, dropout) -> tiles. The largest that spill no registers, by
-# benchmarks/aot.py; not timed on a GPU.
+# benchmarks/aot.py; not timed on a GPU. A limit of 255 keeps the compiler from spilling for more blocks at once.
 _TILES: dict[tuple[str, bool, bool, bool], Config] = {
     ("forward", False, False, False): _tiles(128, 64, 8, 3),
     ("forward", False, False, True): _tiles(128, 64, 8, 3),
@@ -57,30 +57,40 @@ _TILES: dict[tuple[str, bool, bool, bool], Config] = {
     ("kv_grad", False, True, False): _tiles(32, 64, 8, 2),
     ("kv_grad", False, True, True): _tiles(32, 64, 8, 2),
     **{
-        (kernel, True, wide, drop): _tiles(16, 64, 8, 2)
-        for kernel, wide, drop in product(_KERNELS, *[(False, True)] * 2)
+        (kernel, True, wide, drop): _tiles(16, 32 if wide else 64, 8, 2, 255)
+        for kernel, wide, drop in product(("forward", "q_grad"), *[(False, True)] * 2)
     },
+    **{("kv_grad", True, wide, drop): _tiles(16, 64, 8, 2) for wide, drop in product(*[(False, True)] * 2)},
 }
 
 # Where a chip differs. These three have the same tensor-core instructions.
 _OLD = {
-    ("forward", False, True, False): _tiles(64, 32, 8, 2),
+    ("forward", False, True, False): _tiles(64, 32, 8, 2, 255),
     ("forward", False, True, True): _tiles(64, 64, 8, 2),
+    ("q_grad", False, False, False): _tiles(128, 32, 8, 2),
+    ("q_grad", False, False, True): _tiles(128, 32, 8, 2),
+    ("q_grad", False, True, False): _tiles(64, 64, 8, 2),
     ("q_grad", False, True, True): _tiles(64, 32, 8, 2),
     ("kv_grad", False, False, True): _tiles(32, 64, 8, 2),
+    ("kv_grad", False, True, True): _tiles(16, 64, 8, 2),
 }
 _CHIP_TILES: dict[int, dict[tuple[str, bool, bool, bool], Config]] = {
     80: _OLD,
-    89: _OLD,
+    89: _OLD | {("kv_grad", True, False, drop): _tiles(16, 64, 8, 2, 168) for drop in (False, True)},
     100: {
         ("forward", False, False, True): _tiles(128, 32, 8, 2),
         ("forward", False, True, False): _tiles(128, 32, 8, 2),
         ("q_grad", False, False, True): _tiles(64, 32, 4, 2),
         ("kv_grad", False, False, False): _tiles(64, 128, 8, 2),
+        ("kv_grad", False, False, True): _tiles(32, 64, 8, 2),
         ("kv_grad", False, True, False): _tiles(32, 128, 8, 1),
         ("kv_grad", False, True, True): _tiles(32, 32, 4, 2),
     },
-    120: _OLD,
+    120: _OLD
+    | {
+        ("forward", False, False, True): _tiles(128, 32, 8, 3),
+        ("forward", False, True, True): _tiles(64, 32, 8, 2),
+    },
 }
 
 
@@ -88,7 +98,7 @@ def config_of(kernel: str, sm: int, is_full: bool, width: int, dropout: bool, qu
     """Tiles of a kernel ("forward", "q_grad", "kv_grad") by chip, precision, padded head, dropout and queries."""
     row = (kernel, is_full, width > 64, dropout)
     config = _CHIP_TILES.get(sm_row(sm), {}).get(row, _TILES[row])
-    if kernel == "forward" and queries <= _SMALL:
+    if kernel == "forward" and queries <= _SMALL < config.blocks["BLOCK_M"]:
         return config._replace(blocks=config.blocks | {"BLOCK_M": _SMALL}, warps=min(config.warps, 4))
     return config
 
@@ -101,6 +111,9 @@ def supports(q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return f"takes q, k, v of one dtype, not {q.dtype}, {k.dtype}, {v.dtype}"
     if q.dtype not in TYPE_NAMES or (q.is_cuda and q.dtype == torch.float64):
         return f"has no {q.dtype}"
+    # A trace with torch.compile cannot ask for the chip.
+    if not torch.compiler.is_compiling() and sm_of(q) < SMS[0]:
+        return f"needs a chip of compute capability {SMS[0] / 10} or more, not {sm_of(q) / 10}"
     return None
 
 
@@ -174,6 +187,8 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """As `attention_reference`."""
     q, k, v = _dense_last(q), _dense_last(k), _dense_last(v)
+    bounds, runs, segments = bounds.contiguous(), runs.contiguous(), segments.contiguous()
+    valid = None if valid is None else _dense_last(valid)
     b, h, queries, _ = q.shape
     out, lse = _fake_forward(q, k, v, bounds, runs, segments, seen_by, valid, seed, scale, dropout_p, offset, pairs)
     go = _launch("forward", q, k, v, segments, valid, dropout_p)
@@ -183,7 +198,7 @@ def attention_forward(
         0 if valid is None else _batch_stride(valid),
         h, h // k.shape[1], queries, segments.shape[1], _search_steps(segments), go.tiles, offset,
         scale * LOG2_E, *go.dropout,
-        **go.constants, **go.config.blocks, num_warps=go.config.warps, num_stages=go.config.stages,
+        **go.constants, **go.config.blocks, **go.config.options(),
     )  # fmt: skip
     return out, lse
 
@@ -220,6 +235,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `attention_backward_reference`."""
     grad, q, k, v = _dense_last(grad), _dense_last(q), _dense_last(k), _dense_last(v)
+    bounds, runs, segments, seen_by = (x.contiguous() for x in (bounds, runs, segments, seen_by))
     b, h, queries, _ = q.shape
     q_grad, k_grad, v_grad = (memory_order(x, *x.shape[1:]) for x in (q, k, v))
     delta = torch.empty_like(lse)
@@ -231,7 +247,7 @@ def attention_backward(
         *_row_strides(grad, q, k, v, out, q_grad), *by_example,
         h, h // k.shape[1], queries, segments.shape[1], _search_steps(segments), go.tiles, offset,
         *scales, *go.dropout,
-        **go.constants, **go.config.blocks, num_warps=go.config.warps, num_stages=go.config.stages,
+        **go.constants, **go.config.blocks, **go.config.options(),
     )  # fmt: skip
     # It reads delta, which the kernel above left.
     go = _launch("kv_grad", q, k, v, segments, valid, dropout_p)
@@ -240,7 +256,7 @@ def attention_backward(
         *_row_strides(grad, q, k, v, k_grad, v_grad), *by_example, _batch_stride(seen_by),
         h, h // k.shape[1], queries, k.shape[2], segments.shape[1], seen_by.shape[1], go.tiles, offset,
         *scales, *go.dropout,
-        **go.constants, **go.config.blocks, num_warps=go.config.warps, num_stages=go.config.stages,
+        **go.constants, **go.config.blocks, **go.config.options(),
     )  # fmt: skip
     return q_grad, k_grad, v_grad
 
@@ -366,6 +382,7 @@ def _case(
         constants=constants,
         warps=config.warps,
         stages=config.stages,
+        registers=config.registers,
         divisible=strides if head % 16 == 0 else (),
         tensor_cores=dtype != torch.float32,
     )

@@ -30,20 +30,17 @@ _AMPERE = Config({"BM": 128, "BN": 64, "BD": 32}, warps=8, stages=4, registers=1
 _ADA = _AMPERE._replace(stages=3)
 _HOPPER = Config({"BM": 128, "BN": 128, "BD": 64}, warps=4, stages=3)
 _BLACKWELL = Config({"BM": 128, "BN": 64, "BD": 64}, warps=8, stages=4, registers=128)
-SUMS = {
+TILES = {
     80: {"half": _AMPERE, "fp32": _IEEE},
     89: {"half": _ADA, "fp32": _IEEE},
-    90: {"half": _HOPPER._replace(warps=8, registers=128), "half, ids": _HOPPER, "fp32": _IEEE},
+    90: {"half": _HOPPER, "fp32": _IEEE},
     100: {"half": _BLACKWELL, "fp32": _IEEE},
     120: {"half": _ADA, "fp32": _IEEE},
 }
 """Tiles by chip and type: BM rows, BN columns, BD of the width. Two blocks fit on a multiprocessor (8 warps at 128
 registers each, 4 at 255): one has its epilogue while the other multiplies matrices."""
 
-GRADIENT = {**SUMS, 90: {"half": _HOPPER, "fp32": _IEEE}}
-"""The same for the gradient."""
-
-REST = {"half": Config({"BM": 64, "BN": 64, "BD": 32}, warps=8, stages=3), "fp32": _IEEE}
+REST = {"half": Config({"BM": 64, "BN": 64, "BD": 32}, warps=8, stages=3), "fp32": _IEEE._replace(registers=255)}
 """The same for the tiles that both leave out, on every chip."""
 
 
@@ -469,7 +466,7 @@ def sums_triton(
 ) -> Sums:
     """`sums_chunked` by kernels, without a teacher, of features that `Pairs` takes."""
     pairs = Pairs(left, right, pairing)
-    config, rest = config_of(SUMS, pairs.sm, left.dtype, pairs.ids), REST[kind_of(left.dtype)]
+    config, rest = config_of(TILES, pairs.sm, left.dtype, pairs.ids), REST[kind_of(left.dtype)]
     m, n = len(left), len(right)
     wide = {"dtype": torch.float32}
     lse, own = left.new_empty(m, **wide), left.new_zeros(m, **wide)
@@ -540,7 +537,7 @@ def gradients_triton(
 ) -> Products:
     """`gradients_chunked` by kernels, without a teacher, of features that `Pairs` takes."""
     pairs = Pairs(left, right, pairing)
-    config, rest = config_of(GRADIENT, pairs.sm, left.dtype, pairs.ids), REST[kind_of(left.dtype)]
+    config, rest = config_of(TILES, pairs.sm, left.dtype, pairs.ids), REST[kind_of(left.dtype)]
     of_rows = torch.stack(rows[:4])
     if columns is None:
         of_columns = left.new_zeros(4, len(right), dtype=torch.float32)
@@ -602,17 +599,17 @@ def compile_cases(sm: int) -> list[CompileCase]:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         rest = REST[kind_of(dtype)]
         for ids in (False, True):
-            fast, slow = (config_of(table, sm, dtype, ids) for table in (SUMS, GRADIENT))
+            config = config_of(TILES, sm, dtype, ids)
             known = {"IDS": ids}
             cases += [
-                pair_case(_sums, sm, dtype, fast, sums, (), known),
-                pair_case(_gradient, sm, dtype, slow, gradient, (), known),
+                pair_case(_sums, sm, dtype, config, sums, (), known),
+                pair_case(_gradient, sm, dtype, config, gradient, (), known),
             ]
             if ids:
                 others = (*sums, "row_others", "column_others")
                 cases += [
-                    pair_case(_sums_with_others, sm, dtype, rest, others, ("captions",), tile_of(fast)),
-                    pair_case(_gradient_of_the_rest, sm, dtype, rest, gradient, ("captions",), tile_of(slow)),
+                    pair_case(_sums_with_others, sm, dtype, rest, others, ("captions",), tile_of(config)),
+                    pair_case(_gradient_of_the_rest, sm, dtype, rest, gradient, ("captions",), tile_of(config)),
                 ]
     return cases
 

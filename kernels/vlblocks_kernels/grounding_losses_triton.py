@@ -234,9 +234,7 @@ def _backward_reference(
     denominators: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     terms = GroundingTerms(token_grad, code_grad, row_sums, pick_sums, token_terms, code_terms, denominators)
-    # The forward's caller has switched autocast off, a backward's may not have.
-    with torch.autocast(x.device.type, enabled=False):
-        return grounding_gradients_reference(token_grad, code_grad, x, codes, indices, temperature, valid, terms)
+    return grounding_gradients_reference(token_grad, code_grad, x, codes, indices, temperature, valid, terms)
 
 
 def _backward_flops(

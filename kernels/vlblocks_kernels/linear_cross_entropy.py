@@ -24,6 +24,9 @@ CHUNK_BYTES = 2**28
 CACHE_BYTES = 2**20
 """Size of the rows that the softmax works on at once, so that its passes stay in a CPU core's cache."""
 
+HALF_UNIT = 1 / 64
+"""float16 gradients of logits are made in this part of the largest row's weight: few vanish, none overflows."""
+
 ALIGN = 64
 """Rows of logits start at multiples of this, for a vocabulary of any size (50265 is odd)."""
 
@@ -52,7 +55,7 @@ class Chunked(NamedTuple):
 
     losses: Tensor  # [M] float32 (float64 for float64)
     lse: Tensor  # [M]
-    x_grad: Tensor  # [M, D]
+    x_grad: Tensor  # [M, D], of `x_grad_dtype`
     weight_grad: Tensor  # [V, D] float32 (float64)
     bias_grad: Tensor  # [V] float32 (float64)
 
@@ -74,6 +77,11 @@ def linear_cross_entropy_reference(
         counted = target != settings.ignore_index
         losses = losses + settings.z_loss * (logits.logsumexp(1).square() * counted)
     return losses
+
+
+def x_grad_dtype(x: Tensor) -> torch.dtype:
+    """Of x's gradient before the loss's own is known: a loss scale of 65536 is none of float16's numbers."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 def linear_cross_entropy_chunked(
@@ -106,9 +114,16 @@ def linear_cross_entropy_chunked(
     losses, lses = x.new_zeros(total, dtype=dtype), x.new_zeros(total, dtype=dtype)
     with_grad = row_grad is not None
     # Outputs of an operation must not be one tensor, so that each has an empty one of its own.
-    x_grad = x.new_zeros(x.shape if with_grad and needed[0] else 0)
+    x_grad = x.new_zeros(x.shape if with_grad and needed[0] else 0, dtype=x_grad_dtype(x))
     weight_grad = x.new_zeros(weight.shape if with_grad and needed[1] else 0, dtype=dtype)
     bias_grad = x.new_zeros(vocab if with_grad and needed[2] else 0, dtype=dtype)
+    unit = None
+    if row_grad is not None:
+        row_grad = row_grad.expand(len(counted)) if row_grad.numel() == 1 else row_grad.index_select(0, counted)
+        if x.dtype == torch.float16 and len(counted):
+            largest = row_grad.abs().amax()
+            unit = torch.where(largest > 0, largest * HALF_UNIT, torch.ones_like(largest)).to(dtype)
+            row_grad = row_grad.to(dtype) / unit
 
     pitch = -(-vocab // ALIGN) * ALIGN
     rows = max(1, min(chunk_bytes // (pitch * x.element_size()), len(counted)))
@@ -123,9 +138,7 @@ def linear_cross_entropy_chunked(
             torch.mm(states, weight.T, out=logits)
         else:
             torch.addmm(bias, states, weight.T, out=logits)
-        grads = None
-        if row_grad is not None:
-            grads = row_grad.expand(len(place)) if row_grad.numel() == 1 else row_grad.index_select(0, place)
+        grads = None if row_grad is None else row_grad[start : start + rows]
         known = None if lse is None else lse.index_select(0, place)
         found = softmax(logits, target.index_select(0, place), known, grads, settings)
         losses.index_copy_(0, place, found.losses)
@@ -133,15 +146,27 @@ def linear_cross_entropy_chunked(
         if not with_grad:
             continue
         if needed[0]:
-            x_grad.index_copy_(0, place, logits @ weight)
+            x_grad.index_copy_(0, place, _product(logits, weight, x_grad.dtype))
         if needed[1]:
             if x.dtype == dtype:
                 weight_grad.addmm_(logits.T, states)
             else:
-                weight_grad += logits.T @ states
+                weight_grad += _product(logits.T, states, dtype)
         if needed[2]:
             bias_grad += logits.sum(0, dtype=dtype)
+    if unit is not None:
+        for grad in (x_grad, weight_grad, bias_grad):
+            grad *= unit
     return Chunked(losses, lses, x_grad, weight_grad, bias_grad)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b, rounded to `dtype` only; on a CPU bfloat16 is rounded to itself first, which is several times faster."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return a @ b if a.dtype == torch.bfloat16 else a.to(dtype) @ b.to(dtype)
 
 
 def softmax_rows(
@@ -215,7 +240,7 @@ def _fake_total(
     dtype = accumulation_dtype(x, weight)
     return (
         x.new_empty((), dtype=dtype),
-        x.new_empty(x.shape if need_x else (0,)),
+        x.new_empty(x.shape if need_x else (0,), dtype=x_grad_dtype(x)),
         x.new_empty(weight.shape if need_weight else (0,), dtype=dtype),
         x.new_empty(weight.shape[:1] if need_bias else (0,), dtype=dtype),
     )

@@ -36,7 +36,9 @@ def _softmax_rows(
     row = tl.program_id(0)
     z_row = logits + row.to(tl.int64) * pitch
     place = tl.load(target + row)
-    chosen = tl.load(z_row + place).to(losses.dtype.element_ty)
+    real = (place >= 0) & (place < vocab)
+    # A target outside of the vocabulary lies in another row, or in nobody's memory.
+    chosen = tl.load(z_row + place, mask=real, other=float("nan")).to(losses.dtype.element_ty)
     columns = tl.arange(0, BLOCK)
     wide: tl.constexpr = losses.dtype.element_ty
     total = tl.zeros((BLOCK,), wide)
@@ -56,12 +58,13 @@ def _softmax_rows(
             total += tl.where(inside, z, 0.0)
         best = tl.max(top, 0)
         lse = best + tl.log(tl.sum(sums * tl.exp(top - best), 0))
-        mean = tl.sum(total, 0) / vocab
-        loss = (1 - smoothing) * (lse - chosen) + smoothing * (lse - mean) + z_loss * lse * lse
+        loss = (1 - smoothing) * (lse - chosen) + z_loss * lse * lse
+        # A logit of -inf, which has no share of a hard target, has a mean of -inf.
+        loss += tl.where(smoothing > 0, smoothing * (lse - tl.sum(total, 0) / vocab), 0.0)
         tl.store(losses + row, loss)
         tl.store(lse_out + row, lse)
     if GRADIENT:
-        scale = tl.load(grads + row * grad_stride)
+        scale = tl.where(real, tl.load(grads + row * grad_stride), float("nan"))
         factor = scale * (1 + 2 * z_loss * lse)
         for start in range(0, vocab, BLOCK):
             column = start + columns

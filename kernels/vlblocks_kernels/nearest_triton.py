@@ -21,7 +21,7 @@ _IEEE = Config({"BM": 64, "BC": 64, "BD": 16}, warps=8, stages=3, registers=160)
 NEAREST = {
     80: {"half": Config({"BM": 128, "BC": 64, "BD": 32}, warps=8, stages=4, registers=128), "fp32": _IEEE},
     89: {"half": Config({"BM": 128, "BC": 64, "BD": 32}, warps=8, stages=3, registers=128), "fp32": _IEEE},
-    90: {"half": Config({"BM": 128, "BC": 128, "BD": 64}, warps=8, stages=3, registers=128), "fp32": _IEEE},
+    90: {"half": Config({"BM": 128, "BC": 128, "BD": 64}, warps=4, stages=3), "fp32": _IEEE},
     100: {"half": Config({"BM": 128, "BC": 64, "BD": 64}, warps=8, stages=4, registers=128), "fp32": _IEEE},
     120: {"half": Config({"BM": 128, "BC": 64, "BD": 64}, warps=8, stages=2, registers=128), "fp32": _IEEE},
 }

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
@@ -27,6 +29,8 @@ def operation(
 ) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: registers a launcher as the operation ``vlblocks::name``.
 
+    It runs without autocast, on the device of its first tensor, wherever it is called from.
+
     Args:
         fake: the same signature -> empty outputs of the right shapes and dtypes.
         reference: the same signature, in PyTorch; runs on a CPU without the interpreter. None: the launcher does.
@@ -34,11 +38,25 @@ def operation(
     """
 
     def register(launcher: Callable[..., Any]) -> Any:
-        op = torch.library.custom_op(f"vlblocks::{name}", launcher, mutates_args=(), device_types="cuda")
-        op.register_kernel("cpu")(launcher if INTERPRETED or reference is None else reference)
+        schema = torch.library.infer_schema(launcher, mutates_args=())
+        op = torch.library.custom_op(
+            f"vlblocks::{name}", _guarded(launcher), mutates_args=(), device_types="cuda", schema=schema
+        )
+        op.register_kernel("cpu")(_guarded(launcher if INTERPRETED or reference is None else reference))
         op.register_fake(fake)
         if flops is not None:
             register_flop_formula(getattr(torch.ops.vlblocks, name))(flops)
         return op
 
     return register
+
+
+def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        first = next(arg for arg in args if isinstance(arg, Tensor))
+        # A backward runs under whatever autocast its caller is in, and Triton launches on the current device.
+        with torch.cuda.device_of(first), torch.autocast(first.device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return call

@@ -37,20 +37,22 @@ def sigmoid_chunked(
     logits, gradient, *scratch = (left.new_empty(shape[0] * shape[1]) for _ in range(4))
     for r, c, (others, _) in tiles(len(left), len(right), shape, pairing):
         z = product_into(logits, scaled[r], right[c]).add_(bias)
-        place = inside = None
+        # A match's loss is that of -z for a pair that does not match: a difference of both would lose what is small.
+        place = sign = None
         if pairing.partner is not None:
             place = pairing.partner[r, None] - c.start
-            inside = (place >= 0) & (place < z.shape[1])
-            place = place.clamp_(0, z.shape[1] - 1)
-            losses[r] -= (z.gather(1, place) * inside)[:, 0]
+            own = (place >= 0) & (place < z.shape[1])
+            place, own_sign = place.clamp_(0, z.shape[1] - 1), 1 - 2 * own.to(dtype)
+            z.scatter_(1, place, z.gather(1, place) * own_sign)
         if others is not None:
-            losses[r] -= (z * others).sum(1)
+            sign = 1 - 2 * others.to(dtype)
+            z *= sign
         if row_weight is not None:
             dz = torch.sigmoid(z, out=gradient[: z.numel()].view_as(z))
-            if others is not None:
-                dz -= others.to(dtype)
-            if place is not None and inside is not None:
-                dz.scatter_(1, place, dz.gather(1, place) - inside.to(dtype))
+            if sign is not None:
+                dz *= sign
+            if place is not None:
+                dz.scatter_(1, place, dz.gather(1, place) * own_sign)
             dz *= row_weight[r, None]
             bias_grad += dz.sum()
             made.add(dz, r, c)

@@ -39,6 +39,9 @@ TILES = {
 }
 """Tiles by chip and type: BM rows, BN columns, BD of the width."""
 
+GRADIENT = {**TILES, 100: {**TILES[100], "half": Config({"BM": 128, "BN": 32, "BD": 64}, 8, 4, registers=128)}}
+"""The same where gradients are wanted."""
+
 
 @triton.jit
 def log1p(e):
@@ -126,8 +129,8 @@ def sigmoid_triton(
 ) -> tuple[Tensor, Products, Tensor]:
     """`sigmoid_chunked` by a kernel, of features that `Pairs` takes."""
     pairs = Pairs(left, right, pairing)
-    config = config_of(TILES, pairs.sm, left.dtype, pairs.ids)
     m, n, gradient = len(left), len(right), row_weight is not None
+    config = config_of(GRADIENT if gradient else TILES, pairs.sm, left.dtype, pairs.ids)
     made, wide = Products(left, right, needed), {"dtype": torch.float32}
     losses, bias_grad = left.new_empty(m, **wide), left.new_zeros(1, **wide)
     weight, unit = losses, None
@@ -180,8 +183,8 @@ def compile_cases(sm: int) -> list[CompileCase]:
     cases = []
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for ids in (False, True):
-            config = config_of(TILES, sm, dtype, ids)
             for gradient in (False, True):
+                config = config_of(GRADIENT if gradient else TILES, sm, dtype, ids)
                 case = pair_case(_sigmoid, sm, dtype, config, numbers, (), {"IDS": ids, "GRADIENT": gradient})
                 cases.append(case._replace(label=case.label + (", gradient" if gradient else "")))
     return cases

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vlblocks.losses import InfoNCE, clip_temperature, linear_cross_entropy
+from vlblocks.losses import InfoNCE, clip_temperature, linear_cross_entropy, masked_grounding_loss
 from vlblocks.models import ImageTower, JointStates, JointTower, TextTower
 from vlblocks.nn import (
     ClsPool,
@@ -176,6 +176,7 @@ class Unimo2(nn.Module):
         head, words = self.masked_token, self.text.embed.word.weight
         return linear_cross_entropy(head.features(states), words, head.bias, labels, label_smoothing=label_smoothing)
 
-    def code_logits(self, states: Tensor) -> Tensor:
-        """Code logits [M, C] of joint code states [M, D]; the output weights are the codebook."""
-        return self.masked_code(states, self.grounded.codebook)
+    def code_loss(self, states: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of joint code states [B, K, D] with labels [B, K]; the output weights are the codebook."""
+        head, codebook = self.masked_code, self.grounded.codebook
+        return masked_grounding_loss(states, labels, codebook, bias=head.bias, features=head.features)

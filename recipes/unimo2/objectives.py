@@ -12,7 +12,6 @@ from vlblocks.losses import (
     HardNegatives,
     draw_hard_negatives,
     mask_codes,
-    masked_grounding_loss,
     masked_rows,
     matching_loss,
     two_view_contrast,
@@ -151,7 +150,7 @@ def image_losses(
     if weights.masked_codes and found.codes is not None:
         hidden = mask_codes(found.codes, found.indices, probability=weights.masked_code_share, generator=generator)
         joint = model.fuse(image=image, codes=hidden.codes)
-        losses["masked_codes"] = masked_grounding_loss(joint.codes, hidden.labels, model.code_logits)
+        losses["masked_codes"] = model.code_loss(joint.codes, hidden.labels)
     return StreamLosses(losses, *_own_picks(model, found))
 
 
@@ -173,7 +172,7 @@ def text_losses(
     if weights.grounding and found.loss is not None:
         losses["grounding"] = found.loss
     if hidden is not None:
-        losses["masked_codes"] = masked_grounding_loss(joint.codes, hidden.labels, model.code_logits)
+        losses["masked_codes"] = model.code_loss(joint.codes, hidden.labels)
     return StreamLosses(losses, *_own_picks(model, found))
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vlblocks.errors import UserError
-from vlblocks.losses import masked_token_loss, matching_loss
+from vlblocks.losses import matching_loss
 from vlblocks.models import import_unimo2
 from vlblocks.nn import fusion
 from vlblocks.ops import SegmentMask
@@ -133,8 +133,9 @@ class Original(nn.Module):
         if "mask_pos" in inputs:
             positions, flags = inputs["mask_pos"], inputs["lm_flag"].flatten()
             weight = flags * inputs["with_text"].flatten()[positions // joint.text.shape[1]]
-            logits = model.token_logits(F.embedding(positions, joint.text.flatten(0, 1)))
-            losses["mlm_loss"] = masked_token_loss(logits, inputs["mask_label"].flatten(), weight=weight)
+            states = F.embedding(positions, joint.text.flatten(0, 1))
+            # The flags are 0 or 1: what they leave out is ignored, so that the loss is the one that training takes.
+            losses["mlm_loss"] = model.token_loss(states, inputs["mask_label"].flatten().masked_fill(weight == 0, -100))
         if losses:
             losses["total_loss"] = torch.stack(list(losses.values())).sum()
         return {name: value for name, value in (out | losses).items() if value is not None}

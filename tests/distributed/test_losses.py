@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from vlblocks.losses import (
@@ -19,6 +20,7 @@ from vlblocks.losses import (
     circle_loss,
     grounding_loss,
     info_nce,
+    linear_cross_entropy,
     masked_grounding_loss,
     masked_rows,
     masked_token_loss,
@@ -50,7 +52,7 @@ class Toy(nn.Module):
 
 
 BACKEND: list[str] = ["auto"]
-"""The contrastive losses' back end; the full batch's are the plain twins'."""
+"""Back end of the losses that never hold their logits; the full batch's are the plain twins'."""
 
 
 def contrast(loss, ids=False, weight=False, queue=False, teacher=False, **settings):
@@ -101,7 +103,18 @@ def masked_tokens(model, batch):
 
 def masked_codes(model, batch):
     states = model.text(batch["states"])
-    return masked_grounding_loss(states, batch["labels"], model.head), (batch["labels"] != -100).sum()
+    head = {"codebook": model.head.weight, "bias": model.head.bias}
+    loss = masked_grounding_loss(states, batch["labels"], **head, backend=BACKEND[0])
+    return loss, (batch["labels"] != -100).sum()
+
+
+def tied_tokens(model, batch):
+    """The output weights are also the embeddings that the states are made of."""
+    words, labels = model.head.weight, batch["labels"]
+    states = model.text(batch["states"]) + F.embedding(batch["words"], words)
+    options = {"label_smoothing": 0.1, "chunk_bytes": 1024, "backend": BACKEND[0]}
+    loss = linear_cross_entropy(states, words, model.head.bias, labels, **options)
+    return loss, (labels != -100).sum()
 
 
 def grounding(model, batch):
@@ -149,6 +162,7 @@ CASES = CONTRASTS | {
     "matching": matching,
     "masked_tokens": masked_tokens,
     "masked_codes": masked_codes,
+    "tied_tokens": tied_tokens,
     "grounding": grounding,
     "caption": caption,
     "circle": circle,
@@ -172,6 +186,7 @@ def full_batch():
         "match": torch.tensor([1, 0, 1, 1, 0, 1]),
         "states": normal(ROWS, TOKENS, WIDTH),
         "labels": labels.masked_fill(shown, -100),
+        "words": torch.randint(VOCAB, (ROWS, TOKENS), generator=generator),
     }
 
 

@@ -19,11 +19,11 @@ SIZES = {"image": 21, "codes": 3, "text": 18}
 DTYPES = {torch.float64: 1e-7, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 
 
-def segment_masks():
+def segment_masks(longest=9):
     spec = importlib.util.spec_from_file_location("ops_conftest", TESTS / "ops/conftest.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module._segment_masks(masked_rows=("zeros",), longest=9)
+    return module._segment_masks(masked_rows=("zeros",), longest=longest)
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +124,12 @@ def test_masks(name, dtype):
     check(mask, make_qkv(2, mask.queries, mask.total, dtype=dtype))
 
 
-@settings(derandomize=True, deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+some_masks = settings(
+    derandomize=True, deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@some_masks
 @given(mask=segment_masks())
 def test_any_mask(mask):
     if mask.queries:
@@ -137,7 +142,7 @@ def test_across_sequences_without_a_mask(sizes, dtype):
     check(None, make_qkv(2, *sizes, heads=3, kv_heads=3, width=5, value=20, dtype=dtype))
 
 
-@pytest.mark.parametrize("width", [16, 20, 33, 64])
+@pytest.mark.parametrize("width", [16, 20, 33, 64, 80, 128])
 def test_head_widths(width):
     check(None, make_qkv(1, 18, 19, width=width))
 
@@ -210,7 +215,7 @@ def test_padding_reaches_nothing(name, dtype):
     mask = named_masks()[name]
     clean = make_qkv(2, mask.queries, mask.total, heads=1, dtype=dtype)
     real = mask.valid_tokens()[:, None, :, None]
-    garbage = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30]).repeat(3).to(dtype)
+    garbage = garbage_of(12, dtype)
     dirty = [torch.where(real, x, garbage) for x in clean]
     grad = torch.randn(2, 1, mask.queries, 12)
     dirty_grad = torch.where(real, grad, garbage.float())
@@ -221,6 +226,68 @@ def test_padding_reaches_nothing(name, dtype):
     for a, b, again in zip(*found, strict=True):
         assert torch.equal(a, b) and torch.equal(b, again)
         assert not a.masked_select(~real).any(), "a padded row is not zero"
+
+
+def garbage_of(width, dtype=torch.float32):
+    return torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30]).repeat(width // 4).to(dtype)
+
+
+@settings(some_masks, max_examples=8)
+@given(mask=segment_masks(5).filter(lambda mask: mask.queries and mask.valid_tokens() is not None))
+def test_padding_of_any_mask_reaches_nothing(mask):
+    clean = make_qkv(mask.batch or 1, mask.queries, mask.total, heads=1, width=4)
+    queries, keys = (x[:, None, :, None] for x in (mask.valid_queries(), mask.valid_tokens()))
+    grad = torch.randn(clean[0].shape)
+    dirty = [torch.where(real, x, garbage_of(4)) for x, real in zip(clean, (queries, keys, keys), strict=True)]
+    dirty_grad = torch.where(queries, grad, garbage_of(4))
+    given = (dirty, dirty_grad), (clean, grad)
+    found, expected = (run(lambda *x: attention(*x, mask=mask, backend="triton"), *pair) for pair in given)
+    for a, b, real in zip(found, expected, (queries, queries, keys, keys), strict=True):
+        assert torch.equal(a, b) and not a.masked_select(~real).any()
+
+
+def test_strided_validity():
+    """A validity that is not dense, alone in a mask, reaches the kernels as it is."""
+    ids = torch.randint(0, 3, (19, 2))
+    valid = ids.t() > 0
+    every_other = torch.stack([valid, ~valid], dim=-1)[..., 0]
+    qkv = make_qkv(2, 19, 19, heads=1)
+    for strided in (valid, every_other, valid[:1].expand(2, -1)):
+        assert not strided.is_contiguous()
+        found, expected = (
+            attention(*qkv, mask=SegmentMask.single(length=19, valid=x), backend="triton")
+            for x in (strided, strided.contiguous())
+        )
+        assert torch.equal(found, expected)
+    check(SegmentMask.single(length=19, valid=valid), qkv)
+
+
+def test_strided_runs():
+    mask = named_masks()["two runs"]
+    runs = mask.kernel_runs()
+
+    def sparse(x):
+        wide = x.new_full((*x.shape, 2), 77)
+        wide[..., 0] = x
+        return wide[..., 0]
+
+    strided = runs._replace(**{name: sparse(getattr(runs, name)) for name in ("bounds", "runs", "segments", "seen_by")})
+    qkv, grad = make_qkv(2, mask.queries, mask.total, heads=1), torch.randn(2, 1, mask.queries, 12)
+    found, expected = (
+        run(lambda *x, given=given: attention_triton.attention(*x, runs=given, scale=0.3), qkv, grad)
+        for given in (strided, runs)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_packed_examples_from_strided_bounds():
+    bounds = torch.tensor([[0, 3, 20, 41], [5] * 4], dtype=torch.int32).t().contiguous()[:, 0]
+    assert not bounds.is_contiguous()
+    qkv = make_qkv(1, 41, 41)
+    found, expected = (
+        attention_triton.attention(*qkv, runs=packed_runs(b, keys=41), scale=0.3) for b in (bounds, bounds.clone())
+    )
+    assert torch.equal(found, expected)
 
 
 def test_strides_of_any_kind():

@@ -12,6 +12,8 @@ from vlblocks.losses import info_nce, siglip, two_view_contrast
 from vlblocks_kernels.launch import Config
 
 LIMIT = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+NOISE = 5e-7
+"""An error that a few roundings of float32 make, and eager's may happen to have none of: below it, it is no measure."""
 every_type = pytest.mark.parametrize("dtype", list(LIMIT), ids=str)
 
 
@@ -19,8 +21,8 @@ every_type = pytest.mark.parametrize("dtype", list(LIMIT), ids=str)
 def small_tiles(monkeypatch):
     """Several tiles of each kind at few rows, and outputs that are NaN until they are written."""
     tile = Config({"BM": 32, "BN": 32, "BD": 32}, warps=4, stages=1)
-    table = {sm: {"half": tile, "fp32": tile} for sm in softmax.SUMS}
-    for module, name in ((softmax, "SUMS"), (softmax, "GRADIENT"), (sigmoid, "TILES")):
+    table = {sm: {"half": tile, "fp32": tile} for sm in softmax.TILES}
+    for module, name in ((softmax, "TILES"), (sigmoid, "TILES"), (sigmoid, "GRADIENT")):
         monkeypatch.setattr(module, name, table)
     rest = Config({"BM": 16, "BN": 32, "BD": 32}, warps=4, stages=1)
     monkeypatch.setattr(softmax, "REST", {"half": rest, "fp32": rest})
@@ -28,6 +30,7 @@ def small_tiles(monkeypatch):
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(2).isnan().all()
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
@@ -76,17 +79,18 @@ def relative(found, exact):
     return [float((f.double() - e).norm() / e.norm().clamp_min(1e-30)) for f, e in zip(found, exact, strict=True)]
 
 
-def check(loss, features, numbers, dtype, **options):
+def check(loss, features, numbers, dtype, floor=NOISE, **options):
     wide = [[x.detach().double().requires_grad_() for x in part] for part in (features, numbers)]
     exact = run(loss, *wide, "reference", **options)
     errors = relative(run(loss, features, numbers, "triton", **options), exact)
     if dtype == torch.float32:
-        plain = max(relative(run(loss, features, numbers, "reference", **options), exact))
-        assert max(errors) <= max(LIMIT[dtype], 2 * plain), (errors, plain)
+        plain = relative(run(loss, features, numbers, "reference", **options), exact)
+        for ours, theirs in zip(errors, plain, strict=True):
+            assert ours <= LIMIT[dtype] and ours <= max(floor, 2 * theirs), (errors, plain)
     else:
-        assert max(errors[:3]) <= LIMIT[dtype], errors
+        assert all(error <= LIMIT[dtype] for error in errors[:3]), errors
         # A number's gradient is one sum that nearly cancels; in bf16 eager's own is off by 2e-2.
-        assert max(errors[3:], default=0) <= 3e-2, errors
+        assert all(error <= 3e-2 for error in errors[3:]), errors
 
 
 @every_type
@@ -150,7 +154,8 @@ def test_rows_far_apart_get_exponentials_of_their_own(loss):
     with torch.no_grad():
         image *= torch.logspace(-2, 2.8, len(image))[:, None]
         text *= torch.logspace(1, -1, len(text))[:, None]
-    check(loss, (image, text), numbers, torch.float32)
+    # A logit of 1e4 is rounded by 1e-3, in bits otherwise than in nats: two times eager's error is chance.
+    check(loss, (image, text), numbers, torch.float32, floor=LIMIT[torch.float32])
     assert all(part.isfinite().all() for part in run(loss, (image, text), numbers, "triton"))
 
 

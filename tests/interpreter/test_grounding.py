@@ -81,7 +81,7 @@ SHAPES = [(2, 19, 24, 21), (3, 5, 16, 16), (1, 33, 40, 35), (2, 1, 1, 1)]
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("share", [None, 0.6, 0.0])
+@pytest.mark.parametrize("share", [None, 0.6, 0.0, 1.0])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_scores_equal_float64(shape, share, dtype):
     x, e, _, t, valid = draw(*shape, 1, dtype=dtype, share=share)
@@ -123,9 +123,41 @@ def test_scores_take_strided_and_misaligned_tensors():
     assert torch.equal(grounding_scores(wide[..., 1:17], crooked[1:].view(9, 16), t, valid, backend="triton"), expected)
 
 
+def test_a_single_row_is_read_by_descriptor_whatever_its_stride(monkeypatch):
+    x, e, _, t, _ = draw(2, 3, 16, 1, 1)
+    odd = torch.randn(1, 33)[:, :16].copy_(e)
+    assert odd.is_contiguous() and odd.stride(0) == 33
+    taken, own = [], grounding_triton.takes_descriptors
+    monkeypatch.setattr(grounding_triton, "takes_descriptors", lambda *args: taken.append(own(*args)) or taken[-1])
+    found = grounding_scores(x, odd, t, backend="triton")
+    assert taken == [True]
+    assert torch.equal(found, grounding_scores(x, e, t, backend="triton"))
+
+
+def test_losses_take_strided_tensors():
+    x, e, indices, t, valid = draw(2, 7, 16, 9, 3, share=0.8)
+    run = lambda *args: grounding_losses(*args, backend="triton")  # noqa: E731
+    strided = [x.mT.contiguous().mT, e.T.contiguous().T, indices.T.contiguous().T, t, valid.T.contiguous().T]
+    assert not any(tensor.is_contiguous() for tensor in (*strided[:3], strided[4]))
+    for a, b in zip(gradients(run, *strided), gradients(run, x, e, indices, t, valid), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_widest_tokens(monkeypatch):
+    use_tiles(monkeypatch, scores=(16, 16, 256), losses=(16, 16, 256), sums=(4, 512))
+    drawn = draw(1, 16, 1536, 16, 4)
+    x, e, indices, t, valid = drawn[0], drawn[1] / 15, *drawn[2:]
+    wide = x.double(), e.double()
+    assert error(grounding_scores(x, e, t, backend="triton"), grounding_scores_reference(*wide, t)) < 1e-6
+    found = gradients(lambda *args: grounding_losses(*args, backend="triton"), x, e, indices, t, valid)
+    expected = gradients(grounding_losses_reference, *wide, indices, t.double(), valid)
+    assert all(error(ours, right) < 1e-5 for ours, right in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
-    "shape,share", [((2, 19, 24, 21, 18), 0.6), ((2, 6, 20, 12, 5), None), ((1, 17, 33, 9, 2), None)]
+    "shape,share",
+    [((2, 19, 24, 21, 18), 0.6), ((2, 6, 20, 12, 5), None), ((1, 17, 33, 9, 2), None), ((2, 5, 16, 9, 3), 1.0)],
 )
 def test_losses_and_gradients_equal_float64(shape, share, dtype):
     drawn = draw(*shape, dtype=dtype, share=share)

@@ -131,6 +131,19 @@ def test_sums_without_validity(rows, segments, width, seed):
     assert torch.equal(found.counts, one_hot.sum(0).long())
 
 
+def test_strided_tensors():
+    x, e = torch.randn(21, 24), torch.randn(9, 24)
+    expected = nearest_code(x, e, backend="triton")
+    assert torch.equal(nearest_code(x.T.contiguous().T, e.T.contiguous().T, backend="triton"), expected)
+    assert torch.equal(nearest_code(torch.randn(1, 33)[:, :24].copy_(x[:1]), e, backend="triton"), expected[:1])
+    valid = torch.rand(21) < 0.7
+    indices, known = torch.stack([expected, expected * 0], 1)[:, 0], torch.stack([valid, ~valid], 1)[:, 0]
+    assert not indices.is_contiguous() and not known.is_contiguous()
+    found = segment_sum(x.T.contiguous().T, indices, 9, known, backend="triton")
+    for a, b in zip(found, segment_sum(x, expected, 9, valid, backend="triton"), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_nothing_to_sum():
     found = segment_sum(torch.empty(0, 16), torch.empty(0, dtype=torch.long), 3, backend="triton")
     assert torch.equal(found.sums, torch.zeros(3, 16)) and found.counts.tolist() == [0, 0, 0]

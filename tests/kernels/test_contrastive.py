@@ -10,8 +10,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlblocks.losses import info_nce, siglip, two_view_contrast
 from vlblocks.ops import contrastive as ops
-from vlblocks_kernels.contrastive import CACHE_BYTES, LOG2E, contrast, contrast_backward, merge, tile_shape
-from vlblocks_kernels.sigmoid_contrast import sigmoid_contrast, sigmoid_contrast_rows
+from vlblocks_kernels.contrastive import (
+    CACHE_BYTES,
+    LOG2E,
+    Pairing,
+    Weights,
+    contrast,
+    contrast_backward,
+    draw_pairs,
+    gradients_chunked,
+    merge,
+    sums_chunked,
+    tile_shape,
+)
+from vlblocks_kernels.sigmoid_contrast import sigmoid_chunked, sigmoid_contrast, sigmoid_contrast_rows
 
 ROWS, COLUMNS, WIDTH = 6, 9, 4
 
@@ -144,7 +156,19 @@ LOSSES = {
     "siglip": lambda a, b, n: siglip(a, b, scale=n, bias=-n),
     "siglip, rows": lambda a, b, n: siglip(a, b, scale=n, bias=-n, reduction="none").sum(),
     "two views": lambda a, b, n: two_view_contrast(a, b, temperature=n),
+    "albef": lambda a, b, n: info_nce(
+        a,
+        b,
+        temperature=n,
+        queue_image=QUEUE[0],
+        queue_text=QUEUE[1],
+        queue_valid=torch.tensor([True, False, True]),
+        teacher_image=b.detach(),
+        teacher_text=a.detach(),
+        label_smoothing=0.1,
+    ),
 }
+QUEUE = torch.linspace(-1, 1, 6 * WIDTH).view(2, 3, WIDTH)
 every_loss = pytest.mark.parametrize("name", list(LOSSES))
 
 
@@ -187,6 +211,38 @@ def test_flops_are_counted_once(name, forward, backward):
     assert counter.get_total_flops() == backward * product
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", list(LOSSES))
+@pytest.mark.parametrize("chunk", [4096, None])
+def test_memory_that_nobody_wrote_reaches_nothing(name, dtype, chunk, poisoned_memory, monkeypatch):
+    if chunk is not None:
+        monkeypatch.setattr("vlblocks_kernels.contrastive.CACHE_BYTES", chunk)
+    inputs = problem(67, 67, dtype)
+    found = LOSSES[name](*inputs)
+    assert found.isfinite() and all(grad.isfinite().all() for grad in torch.autograd.grad(found, inputs))
+
+
+@pytest.mark.parametrize("size", [20.0, 60.0])
+@pytest.mark.parametrize("ids", [None, torch.zeros(2, dtype=torch.int32)])
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_a_match_that_is_nearly_certain_has_its_small_loss(size, ids, dtype, limit):
+    left, right = torch.full((2, 1), size, dtype=dtype), torch.ones(2, 1, dtype=dtype)
+    if ids is None:
+        right[0] = -1
+    one = torch.ones(1, dtype=dtype)
+    pairing = Pairing(torch.tensor([1, -1]), ids, ids)
+    loss, made, bias_grad = sigmoid_chunked(left, right, one, 0 * one, pairing, one.expand(2), (True, True), None)
+    z, number = size * right.double()[:, 0], one.double()
+    matched = torch.tensor([[False, True], [False, False]]) if ids is None else torch.ones(2, 2, dtype=torch.bool)
+    sign = 1 - 2 * matched.double()
+    expected = torch.nn.functional.softplus(sign * z).sum(1)
+    dz = sign * torch.sigmoid(sign * z)
+    # The second row of a partner alone has a loss that is not small.
+    torch.testing.assert_close(loss.double(), expected, rtol=limit, atol=0)
+    torch.testing.assert_close(bias_grad.double(), dz.sum() * number, rtol=limit, atol=0)
+    torch.testing.assert_close(made.left_grad.double(), dz @ right.double(), rtol=limit, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types_are_summed_in_float32(dtype):
     inputs = problem(7, 7, dtype)
@@ -224,37 +280,32 @@ def test_tiles_stay_in_a_cache():
     assert CACHE_BYTES / 2 <= 4 * r * c <= CACHE_BYTES
 
 
-def test_no_temporary_is_as_large_as_the_matrix(monkeypatch):
-    """Largest tensor that any loss allocates, of 400 pairs at 4 KiB of logits: their features, not 400 x 400."""
-    features = torch.randn(2, 400, WIDTH)
-    sizes = []
+def held_by(name, chunk_bytes, largest_tensor):
+    """Bytes of the largest tensor that 400 pairs need; by the functions themselves, operations hide theirs."""
+    rows = 400
+    left, right = torch.randn(2, rows, WIDTH)
+    scale, numbers, ids = torch.ones(1), torch.ones(rows), torch.arange(rows) // 2
+    pairing = Pairing(torch.arange(rows), ids.int(), ids.int())
+    weights = Weights(numbers, numbers, numbers, numbers, None, None)
+    calls = {
+        "sums": lambda: sums_chunked(left, right, scale, pairing, None, True, chunk_bytes),
+        "gradients": lambda: gradients_chunked(
+            left, right, scale, pairing, None, weights, weights, (True, True), chunk_bytes
+        ),
+        "sigmoid": lambda: sigmoid_chunked(left, right, scale, scale, pairing, numbers, (True, True), chunk_bytes),
+        "draws": lambda: draw_pairs(left, right, scale, ids, None, chunk_bytes),
+    }
+    with largest_tensor() as mode:
+        calls[name]()
+    return mode.bytes
 
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            found = function(*args, **(kwargs or {}))
-            if isinstance(found, torch.Tensor):
-                sizes.append(found.untyped_storage().nbytes())
-            return found
 
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Storages(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            found = function(*args, **(kwargs or {}))
-            for part in found if isinstance(found, (tuple, list)) else (found,):
-                if isinstance(part, torch.Tensor):
-                    sizes.append(part.untyped_storage().nbytes())
-            return found
-
-    del Watch
-    for name, loss in LOSSES.items():
-        if name == "info_nce":
-            continue
-        sizes.clear()
-        left, right = (x.clone().requires_grad_() for x in features)
-        with Storages():
-            loss(left, right, torch.tensor([0.5])).backward()
-        assert sizes and max(sizes) < 400 * 400 * 4 / 2, name
+@pytest.mark.parametrize("name", ["sums", "gradients", "sigmoid", "draws"])
+def test_no_temporary_is_as_large_as_the_matrix(name, largest_tensor):
+    features = 4 * 400 * WIDTH
+    # A partner's place is an int64 index, and so is a place drawn.
+    assert held_by(name, 4096, largest_tensor) <= max(features, 4096)
+    assert held_by(name, 4 * 400 * 400, largest_tensor) == 4 * 400 * 400
 
 
 def test_backends_are_chosen_in_one_place(monkeypatch):

@@ -4,8 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlblocks_kernels.grounding import (
     CHUNK_BYTES,
@@ -14,19 +12,6 @@ from vlblocks_kernels.grounding import (
     soft_means_reference,
 )
 from vlblocks_kernels.nearest import nearest_code_reference, segment_sum_reference
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the size in bytes of the largest tensor that any operation puts out."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor):
-                self.bytes = max(self.bytes, tensor.numel() * tensor.itemsize)
-        return out
 
 
 def eager(x, codes, indices, t, valid):
@@ -213,25 +198,25 @@ def test_low_precision_stays_near_float64_and_gives_float32(dtype, tolerance):
     torch.testing.assert_close(losses, (q.float(), code.float()), rtol=1e-5, atol=1e-6)
 
 
-def test_scores_hold_chunks_only():
+def test_scores_hold_chunks_only(largest_tensor):
     batch, tokens, codes = 4, 300, 4000
     x, e, t = torch.randn(batch, tokens, 8), torch.randn(codes, 8), torch.ones(1)
     valid = torch.rand(batch, tokens) < 0.5
     for dtype in (torch.float32, torch.bfloat16):
-        with LargestTensor() as mode:
+        with largest_tensor() as mode:
             grounding_scores_reference(x.to(dtype), e.to(dtype), t, valid, chunk_bytes=2**20)
         assert mode.bytes <= 2**20
-    with LargestTensor() as mode:
+    with largest_tensor() as mode:
         torch.sigmoid(x @ e.T)
     assert mode.bytes == 4 * batch * tokens * codes
 
 
-def test_scores_and_losses_need_only_what_the_picked_codes_need_with_gradients():
+def test_scores_and_losses_need_only_what_the_picked_codes_need_with_gradients(largest_tensor):
     batch, tokens, codes, width = 4, 64, 4096, 8
     x = torch.randn(batch, tokens, width, requires_grad=True)
     e = torch.randn(codes, width, requires_grad=True)
     t = torch.ones(1, requires_grad=True)
-    with LargestTensor() as mode:
+    with largest_tensor() as mode:
         scores = grounding_scores_reference(x, e, t, chunk_bytes=2**18)
         losses = grounding_losses_reference(x, e, scores.topk(16).indices, t)
         sum(losses).backward()
@@ -261,9 +246,9 @@ def test_nearest_code_takes_the_lowest_index_of_equals_also_over_chunks(columns,
     assert torch.equal(nearest_code_reference(x, spread), torch.cdist(x, spread).argmin(1))
 
 
-def test_nearest_code_holds_chunks_only():
+def test_nearest_code_holds_chunks_only(largest_tensor):
     x, e = torch.randn(5000, 4), torch.randn(6000, 4)
-    with LargestTensor() as mode:
+    with largest_tensor() as mode:
         nearest_code_reference(x, e, chunk_bytes=2**18)
     assert mode.bytes <= 2**18
 
@@ -289,3 +274,22 @@ def test_segment_sum_equals_the_one_hot_product(segments, padded):
 def test_segment_sum_of_nothing():
     found = segment_sum_reference(torch.empty(0, 3), torch.empty(0, dtype=torch.long), 4)
     assert torch.equal(found.sums, torch.zeros(4, 3)) and found.counts.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk", [4096, CHUNK_BYTES])
+def test_memory_that_nobody_wrote_reaches_nothing(dtype, chunk, poisoned_memory):
+    """At sizes where products of half types read past a row's end."""
+    for tokens in (17, 33, 40):
+        x, e, indices, t, valid = draw(2, tokens, 403, 50, 128, dtype=torch.float32)
+        x, e = x.to(dtype).requires_grad_(), (e / 8).to(dtype).requires_grad_()
+        q, code = grounding_losses_reference(x, e, indices, t, valid)
+        found = [q, code, *torch.autograd.grad(q + code, (x, e))]
+        found += [
+            grounding_scores_reference(x, e, t, valid, chunk_bytes=chunk),
+            *soft_means_reference(x, e[indices], t),
+        ]
+        flat, codes = x.detach().flatten(0, 1), nearest_code_reference(x.detach(), e.detach(), chunk_bytes=chunk)
+        found.append(segment_sum_reference(flat, codes.flatten(), 403).sums)
+        assert all(part.isfinite().all() for part in found), tokens
+        assert codes.max() < 403

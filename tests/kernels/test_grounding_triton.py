@@ -29,6 +29,15 @@ def test_opcheck(padded, dtype):
     opcheck(grounding_losses_triton.grounding_losses, (leaves[0], leaves[1], indices, leaves[2], valid))
 
 
+def test_opcheck_of_strided_inputs():
+    x, codes, indices, t, valid = draw()
+    x, valid, indices = x.mT.contiguous().mT, valid.T.contiguous().T, indices.T.contiguous().T
+    assert not x.is_contiguous() and not valid.is_contiguous() and not indices.is_contiguous()
+    opcheck(grounding_triton.grounding_scores, (x, codes, t, valid))
+    leaves = [tensor.requires_grad_() for tensor in (x, codes, t)]
+    opcheck(grounding_losses_triton.grounding_losses, (leaves[0], leaves[1], indices, leaves[2], valid))
+
+
 def test_opcheck_of_the_backward():
     x, codes, indices, t, valid = draw()
     kept = grounding_losses_triton.grounding_losses(x, codes, indices, t, valid)[2:]

@@ -20,6 +20,13 @@ def test_opcheck(metric, dtype):
         opcheck(nearest_triton.segment_sum, (x, torch.randint(5, (9,)), 5, valid))
 
 
+def test_opcheck_of_strided_inputs():
+    x, codes = torch.randn(16, 9).T, torch.randn(16, 5).T
+    opcheck(nearest_triton.nearest_code, (x, codes, "l2"))
+    indices, valid = torch.randint(5, (9, 2))[:, 0], (torch.rand(9, 2) < 0.5)[:, 0]
+    opcheck(nearest_triton.segment_sum, (x, indices, 5, valid))
+
+
 def quantize(x, codes, valid):
     indices = nearest_code(x, codes, backend="triton")
     return indices, *segment_sum(x.flatten(0, 1), indices.flatten(), codes.shape[0], valid.flatten(), backend="triton")
@@ -41,9 +48,14 @@ class Quantize(torch.nn.Module):
 
 def test_exports():
     x, codes, valid = torch.randn(2, 7, 16), torch.randn(5, 16), torch.rand(2, 7) < 0.6
-    program = torch.export.export(Quantize(), (x, codes, valid))
-    assert any("vlblocks.nearest_code" in str(node.target) for node in program.graph.nodes)
-    torch.testing.assert_close(program.module()(x, codes, valid), quantize(x, codes, valid))
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    shapes = {"x": {1: tokens}, "codes": None, "valid": {1: tokens}}
+    program = torch.export.export(Quantize(), (x, codes, valid), dynamic_shapes=shapes)
+    for name in ("nearest_code", "segment_sum"):
+        assert any(f"vlblocks.{name}" in str(node.target) for node in program.graph.nodes)
+    for length in (7, 11):
+        x, valid = torch.randn(2, length, 16), torch.rand(2, length) < 0.6
+        torch.testing.assert_close(program.module()(x, codes, valid), quantize(x, codes, valid))
 
 
 def test_gradients_and_autocast_stay_outside():

@@ -289,6 +289,18 @@ def all_gradients(loss, *leaves):
     return [loss.detach(), *torch.autograd.grad((loss * weights).sum(), leaves)]
 
 
+def test_modules_pass_their_settings_on(monkeypatch):
+    seen = []
+    for name in ("info_nce", "siglip"):
+        monkeypatch.setattr(f"vlblocks.losses.contrastive.{name}", lambda *_, **options: seen.append(options))
+    features = torch.randn(2, 3)
+    InfoNCE(label_smoothing=0.1, exchange="ring", chunk_bytes=64)(features, features)
+    SigLIP(exchange="ring", chunk_bytes=64)(features, features)
+    expected = {"exchange": "ring", "chunk_bytes": 64}
+    assert seen[0].items() >= (expected | {"label_smoothing": 0.1}).items()
+    assert seen[1].items() >= expected.items()
+
+
 @every_option
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_info_nce_in_tiles_equals_the_plain_twin(options, reduction):

@@ -15,6 +15,7 @@ from vlblocks.losses import (
     masked_rows,
     masked_token_loss,
 )
+from vlblocks.nn import MaskedTokenHead
 
 
 def test_weighted_mean_by_hand():
@@ -64,7 +65,7 @@ def test_gradcheck():
 def test_nothing_masked_gives_zero_loss_and_gradient(labels):
     states = torch.randn(*labels.shape, 4, requires_grad=True)
     head = torch.nn.Linear(4, 6)
-    loss = masked_grounding_loss(states, labels, head)
+    loss = masked_grounding_loss(states, labels, head.weight, bias=head.bias)
     loss.backward()
     assert loss == 0
     for x in (states, head.weight, head.bias):
@@ -119,7 +120,25 @@ def test_masked_grounding_predicts_the_hidden_indices():
     states = torch.randn(2, 3, 4)
     logits = states @ codebook.t()
     expected = F.cross_entropy(torch.stack([logits[0, 0], logits[1, 1], logits[1, 2]]), indices.flatten()[[0, 4, 5]])
-    torch.testing.assert_close(masked_grounding_loss(states, labels, lambda rows: rows @ codebook.t()), expected)
+    torch.testing.assert_close(masked_grounding_loss(states, labels, codebook), expected)
+    torch.testing.assert_close(masked_grounding_loss(states / 2, labels, codebook, features=lambda x: 2 * x), expected)
+
+
+def test_masked_grounding_equals_its_plain_twin_forward_and_backward():
+    head = MaskedTokenHead(width=4, vocab=9, dtype=torch.float64)
+    torch.nn.init.normal_(head.bias)
+    codebook = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    states = torch.randn(3, 5, 4, dtype=torch.float64, requires_grad=True)
+    labels = torch.where(torch.rand(3, 5) < 0.6, torch.randint(9, (3, 5)), -100)
+    masked = masked_rows(states, labels)
+    plain = masked_token_loss(head(masked.rows, codebook), masked.labels)
+    leaves = (states, codebook, *head.parameters())
+    expected = torch.autograd.grad(plain, leaves)
+    for backend in ("auto", "reference"):
+        loss = masked_grounding_loss(states, labels, codebook, bias=head.bias, features=head.features, backend=backend)
+        torch.testing.assert_close(loss, plain)
+        for ours, theirs in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_caption_loss_by_hand():

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from vlblocks.errors import UserError
 from vlblocks.ops.attention import AUTO, BACKENDS, Choice, attention, default_backend
 from vlblocks.ops.segments import SegmentMask
+from vlblocks_kernels.attention import dropout_keep
 
 # By name: the package re-exports the function of the same name.
 attention_module = importlib.import_module("vlblocks.ops.attention")
@@ -145,7 +146,12 @@ def test_flex_forward_is_the_reference(name):
     mask = named_masks()[name]
     q, k, v = for_mask(mask, dtype=torch.float32, width=16)
     if mask.masked_rows == "zeros" and mask.valid_tokens() is not None:
-        v = v.masked_fill(~mask.valid_tokens()[:, None, :, None], float("nan"))
+        hidden = ~mask.valid_tokens()[:, None, :, None]
+        q, k, v = (
+            q.masked_fill(hidden, float("nan")),
+            k.masked_fill(hidden, float("inf")),
+            v.masked_fill(hidden, float("nan")),
+        )
     expected = attention(q, k, v, mask=mask, backend="reference", scale=0.3)
     found = attention(q, k, v, mask=mask, backend="flex", scale=0.3)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -193,6 +199,30 @@ def test_autocast_keeps_the_numbers(backend):
     exact = run(qkv, mask=mask, backend="reference")
     found = run(qkv, mask=mask, backend=backend, autocast=True)
     assert_same(found, exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast_makes_new_tokens_and_a_float32_cache_meet(inside):
+    """Where SDPA casts, the kernels take what it casts to; also if the backward runs inside."""
+    q, k, v = make_qkv(2, 3, 9, width=32, dtype=torch.float32)
+    q = q.bfloat16()
+    weight = torch.randn(2, 2, 3, 32, dtype=torch.bfloat16)
+
+    def grads(backend):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = attention(*leaves, backend=backend)
+            if inside:
+                return out, *torch.autograd.grad(out, leaves, weight)
+        return out, *torch.autograd.grad(out, leaves, weight)
+
+    found = grads("triton")
+    assert [x.dtype for x in found] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    for a, b in zip(found, grads("sdpa"), strict=True):
+        assert (a.double() - b.double()).norm() <= 1e-2 * b.double().norm()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        whole = attention(q, k.bfloat16(), v.bfloat16(), backend="triton")
+    assert torch.equal(found[0], whole)
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "triton", "flex"])
@@ -329,6 +359,30 @@ def test_dropout_drops_weights_and_keeps_their_mean(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
+def test_dropout_is_drawn_from_torchs_generator(backend):
+    mask = named_masks()["pairs"]
+    qkv = for_mask(mask)
+
+    def seeded():
+        torch.manual_seed(5)
+        return run(qkv, mask=mask, dropout_p=0.5, backend=backend)
+
+    # `run` draws from a generator of its own: what follows a seeded call continues torch's.
+    found, again, other = seeded(), seeded(), run(qkv, mask=mask, dropout_p=0.5, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    assert not torch.equal(found[0], other[0])
+
+
+def test_dropout_of_triton_is_the_mask_of_the_drawn_seed():
+    q, k, v = make_qkv(2, 5, 6)
+    torch.manual_seed(5)
+    found = attention(q, k, v, dropout_p=0.5, backend="triton")
+    torch.manual_seed(5)
+    keep = dropout_keep(torch.randint(2**62, (1,)), (2, 2, 5, 6), 0.5)
+    torch.testing.assert_close(found, ((q @ k.mT * q.shape[3] ** -0.5).softmax(-1) * keep * 2) @ v)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", "triton"])
 def test_no_keys_and_no_queries(backend):
     q, k, v = make_qkv(2, 3, 0)
     assert torch.equal(attention(q, k, v, backend=backend), torch.zeros(2, 2, 3, 4, dtype=q.dtype))
@@ -394,6 +448,8 @@ def test_mistakes_are_named_in_one_line():
     assert "[B, 1, 1, Tk]" in one_line(backend="triton", mask=torch.ones(3, 5, dtype=torch.bool))
     with pytest.raises(UserError, match="heads up to 128 wide, not 144: use backend='sdpa'"):
         attention(*make_qkv(1, 2, 2, width=144), backend="triton")
+    for wrong in (-0.1, 1.5, float("nan")):
+        assert f"dropout_p is {wrong}: " in one_line(dropout_p=wrong)
     q, k, v = make_qkv(1, 2, 2)
     with pytest.raises(UserError, match="q, k, v of one dtype"):
         attention(q, k.float(), v.float(), backend="triton")
@@ -412,6 +468,14 @@ def test_mistakes_are_named_in_one_line():
         attention(*make_qkv(2, 3, 5)[:2], make_qkv(2, 3, 4)[2])
     with pytest.raises(UserError, match="axes"):
         attention(*(x[0] for x in make_qkv(2, 3, 5)))
+
+
+def test_triton_names_a_chip_that_is_too_old(monkeypatch):
+    kernels = pytest.importorskip("vlblocks_kernels.attention_triton")
+    monkeypatch.setattr(kernels, "sm_of", lambda x: 75)
+    assert "capability 8.0 or more, not 7.5: use backend='sdpa'" in one_line(backend="triton")
+    monkeypatch.setattr(kernels, "sm_of", lambda x: 80)
+    attention(*make_qkv(2, 3, 5, dtype=torch.float32), backend="triton")
 
 
 def test_xformers_says_how_to_get_it(monkeypatch):

@@ -39,6 +39,9 @@ class CaptionLoss(nn.Module):
     Args:
         label_smoothing: in [0, 1].
         ignore_index: target that does not count.
+
+    Raises:
+        UserError: label_smoothing outside of [0, 1].
     """
 
     def __init__(self, *, label_smoothing: float = 0.1, ignore_index: int = -100) -> None:

@@ -269,6 +269,12 @@ class InfoNCE(nn.Module):
         temperature_range: limits; UNIMO-2's by default.
         learnable: False keeps the temperature constant (a buffer).
         same_id: what other rows of the same picture are, see `info_nce`.
+        label_smoothing: share of the hard target that is spread over all candidates.
+        exchange: "gather" features of all ranks, or pass them round a "ring".
+        chunk_bytes: size of the logits that are held at once; None: what suits the device.
+
+    Raises:
+        UserError: a temperature outside of its range. What `info_nce` refuses, it refuses when it is called.
 
     Source: unimo2_spec item 25.
     """
@@ -282,6 +288,9 @@ class InfoNCE(nn.Module):
         temperature_range: tuple[float, float] = (0.001, 0.5),
         learnable: bool = True,
         same_id: SameId = "positive",
+        label_smoothing: float = 0.0,
+        exchange: Exchange = "gather",
+        chunk_bytes: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -293,6 +302,8 @@ class InfoNCE(nn.Module):
             )
         self.temperature_range = temperature_range
         self.same_id: SameId = same_id
+        self.label_smoothing, self.chunk_bytes = label_smoothing, chunk_bytes
+        self.exchange: Exchange = exchange
         value = torch.full((1,), temperature, device=device, dtype=dtype)
         if learnable:
             self.temperature = nn.Parameter(value)
@@ -317,6 +328,9 @@ class InfoNCE(nn.Module):
             image_ids=image_ids,
             same_id=self.same_id,
             reduction=reduction,
+            label_smoothing=self.label_smoothing,
+            exchange=self.exchange,
+            chunk_bytes=self.chunk_bytes,
         )
 
 
@@ -326,6 +340,11 @@ class SigLIP(nn.Module):
     Args:
         scale: initial factor of the similarities.
         bias: initial bias: -10 starts near the fraction of matched pairs.
+        exchange: "gather" texts of all ranks, or pass them round a "ring".
+        chunk_bytes: size of the logits that are held at once; None: what suits the device.
+
+    Raises:
+        UserError: a scale that is not positive. What `siglip` refuses, it refuses when it is called.
 
     Source: Zhai et al. 2023.
     """
@@ -335,12 +354,16 @@ class SigLIP(nn.Module):
         *,
         scale: float = 10.0,
         bias: float = -10.0,
+        exchange: Exchange = "gather",
+        chunk_bytes: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if scale <= 0:
             raise UserError(f"scale is {scale}: give a positive number")
+        self.exchange: Exchange = exchange
+        self.chunk_bytes = chunk_bytes
         self.log_scale = nn.Parameter(torch.full((1,), math.log(scale), device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.full((1,), bias, device=device, dtype=dtype))
 
@@ -355,7 +378,17 @@ class SigLIP(nn.Module):
     ) -> Tensor:
         """image [b, D], text [b, D], weight [b], image_ids [b] -> scalar, or [b] with reduction="none"."""
         scale = upcast(self.log_scale).exp()
-        return siglip(image, text, scale=scale, bias=self.bias, weight=weight, image_ids=image_ids, reduction=reduction)
+        return siglip(
+            image,
+            text,
+            scale=scale,
+            bias=self.bias,
+            weight=weight,
+            image_ids=image_ids,
+            reduction=reduction,
+            exchange=self.exchange,
+            chunk_bytes=self.chunk_bytes,
+        )
 
 
 def _check_features(first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlblocks.errors import UserError
 from vlblocks.losses._reduce import mean_cross_entropy
+from vlblocks.ops.linear_cross_entropy import LinearCrossEntropyBackend, linear_cross_entropy
 
 
 class MaskedRows(NamedTuple):
@@ -117,24 +118,35 @@ def mask_codes(
 
 
 def masked_grounding_loss(
-    states: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], *, ignore_index: int = -100
+    states: Tensor,
+    labels: Tensor,
+    codebook: Tensor,
+    *,
+    bias: Tensor | None = None,
+    features: Callable[[Tensor], Tensor] | None = None,
+    ignore_index: int = -100,
+    backend: LinearCrossEntropyBackend = "auto",
 ) -> Tensor:
-    """Predicts which codes were hidden from their states after the joint tower.
+    """Predicts which codes were hidden from their states after the joint tower, without holding the logits [M, C].
 
     Over ranks: times `ops.collectives.rank_share` of the number of hidden codes.
 
     Args:
         states: [B, K, D] joint states of the codes.
         labels: [B, K] of `mask_codes`.
-        head: [M, D] -> logits [M, C], such as a MaskedTokenHead tied to the codebook.
+        codebook: [C, E], what the features of a state are multiplied with.
+        bias: [C], added to the logits.
+        features: [M, D] -> [M, E], such as `MaskedTokenHead.features`; None: the states themselves.
+        backend: see `ops.linear_cross_entropy`; "reference" is the plain twin, which holds the logits.
 
     Returns:
         Mean cross-entropy over hidden codes, scalar; 0 if none is hidden.
 
     Raises:
-        UserError: shapes that do not fit.
+        UserError: shapes that do not fit, or an unknown back end.
 
     Source: unimo2_spec item 19.
     """
-    masked = masked_rows(states, labels, ignore_index=ignore_index)
-    return masked_token_loss(head(masked.rows), masked.labels, ignore_index=ignore_index)
+    rows, targets, _ = masked_rows(states, labels, ignore_index=ignore_index)
+    rows = rows if features is None else features(rows)
+    return linear_cross_entropy(rows, codebook, bias, targets, ignore_index=ignore_index, backend=backend)

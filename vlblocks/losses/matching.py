@@ -65,6 +65,9 @@ def mine_hard_negatives(
         image_ids: [b] integers, equal for equal pictures.
         generator: makes the draw repeatable; on similarity's device.
 
+    Returns:
+        text_for_image [b], image_for_text [b], found [b] bool: both are the row itself where there is no negative.
+
     Raises:
         UserError: shapes that do not fit.
 
@@ -103,7 +106,8 @@ def draw_hard_negatives(
 ) -> HardNegatives:
     """Draws as `mine_hard_negatives` does of the logits image text^T / temperature, which are never whole.
 
-    The draws are others, and depend on chunk_bytes; their distribution is the same.
+    The draws are others, and depend on chunk_bytes; their distribution is the same. It is a pass of its own over the
+    tiles, beside the contrastive loss's, and in PyTorch on every device.
 
     Args:
         image: [b, D] features.
@@ -112,6 +116,9 @@ def draw_hard_negatives(
         image_ids: [b] integers, equal for equal pictures.
         generator: makes the draw repeatable; on image's device.
         chunk_bytes: size of the logits that are held at once; None: what suits the device.
+
+    Returns:
+        text_for_image [b], image_for_text [b], found [b] bool: both are the row itself where there is no negative.
 
     Raises:
         UserError: shapes that do not fit.

@@ -51,7 +51,7 @@ class VectorQuantizer(nn.Module):
         decay: of the moving averages, per update.
         commitment: weight of the commitment loss.
         revive_after: `update` puts a random token of the batch in the place of a code that no token took in so many
-            updates in a row; None leaves such codes.
+            updates in a row; None leaves such codes. It reads the device: only then does `update` wait for it.
         count_padding: treat invalid tokens as real, as the original implementation does.
         modalities: names by which `update`, `track` and `usage` tell tokens apart.
         backend: of the operations in `vlblocks.ops.grounding`.

@@ -90,7 +90,9 @@ def attention(
         mask: a SegmentMask with Tq queries and Tk keys; or (not flex) a bool tensor broadcastable to [B, H, Tq, Tk],
             True = may attend, such as [B, 1, 1, Tk] for padded keys, the only shape for triton; None: everything is
             seen.
-        dropout_p: dropout probability of the attention weights; pass 0 when evaluating. Not with flex.
+        dropout_p: dropout probability of the attention weights, from 0 to 1; pass 0 when evaluating. Not with flex.
+            What is dropped is drawn from the default generator of q's device, so that `torch.manual_seed` before a
+            call repeats it; each back end draws in its own way.
         scale: factor of q k^T; default Dh ** -0.5.
         backend: "reference" (plain, dense mask, softmax in float32 or wider), "sdpa" (one call of PyTorch's SDPA per
             group of segments that see the same keys; never a [T, T] mask except inside the causal segment), "triton"
@@ -100,15 +102,18 @@ def attention(
             only), "auto" (by `AUTO`).
 
     Returns:
-        [B, H, Tq, Dv] in q's dtype.
+        [B, H, Tq, Dv] in q's dtype; in autocast's where q, k, v are cast to it.
 
     Raises:
-        UserError: an unknown back end or one that cannot run here, or a mask that does not fit.
+        UserError: an unknown back end or one that cannot run here, a mask that does not fit, or a dropout_p outside of
+            [0, 1].
     """
     if backend not in BACKENDS:
         raise UserError(f"backend={backend!r} is unknown: choose from {', '.join(BACKENDS)}")
     if backend == "auto":
         backend = default_backend(q.device.type, q.dtype, q.shape[2])
+    if not 0 <= dropout_p <= 1:
+        raise UserError(f"dropout_p is {dropout_p}: give a probability from 0 to 1")
     _check(q, k, v, mask)
     inner: _Inner | None = None
     if backend == "xformers":
@@ -116,6 +121,7 @@ def attention(
     elif backend == "flex":
         _check_flex(q, k, v, mask, dropout_p)
     elif backend == "triton":
+        q, k, v = _met_under_autocast(q, k, v)
         _check_triton(q, k, v, mask)
     if q.shape[2] == 0 or k.shape[2] == 0:
         backend = "reference"
@@ -387,6 +393,17 @@ def _check_triton(q: Tensor, k: Tensor, v: Tensor, mask: SegmentMask | Tensor | 
             f"backend='triton' takes a SegmentMask or a mask of keys [B, 1, 1, Tk], not one of shape "
             f"{list(mask.shape)}: use backend='sdpa'"
         )
+
+
+def _met_under_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast q, k, v of several dtypes (new tokens beside a float32 cache) in autocast's, as in SDPA."""
+    kind, dtypes = q.device.type, (q.dtype, k.dtype, v.dtype)
+    if q.dtype == k.dtype == v.dtype or torch.float64 in dtypes:
+        return q, k, v
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(kind)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def _is_of_keys(mask: Tensor) -> bool:

@@ -51,6 +51,7 @@ def grounding_scores(
         codes: [C, D] codebook.
         temperature: t, a number or a tensor of one element.
         valid: [B, N] bool, True = real; all real if None. Invalid tokens count 0, NaN included.
+        backend: "auto", "triton" or "reference", as the module says.
 
     Returns:
         [B, C] float32 (float64 for float64); 0 for an example without valid tokens.
@@ -93,9 +94,11 @@ def grounding_losses(
     Args:
         x: [B, N, D] tokens.
         codes: [C, D] codebook.
-        indices: [B, K] long, picked codes of each example.
+        indices: [B, K] long, picked codes of each example, in [0, C): on a GPU this is not checked, and others would
+            read memory that is not the codebook's.
         temperature: t, a number or a tensor of one element.
         valid: [B, N] bool, True = real; all real if None.
+        backend: "auto", "triton" or "reference", as the module says.
 
     Returns:
         (token_loss, code_loss), scalars: means over valid tokens and D, and over examples with a valid token, K and D.
@@ -130,6 +133,7 @@ def nearest_code(x: Tensor, codes: Tensor, *, metric: Metric = "l2", backend: Gr
         x: [..., D] tokens.
         codes: [C, D] codebook.
         metric: "l2" (Euclidean distance) or "cosine".
+        backend: "auto", "triton" or "reference", as the module says.
 
     Raises:
         UserError: shapes that do not fit, an empty codebook, an unknown metric or back end.
@@ -160,6 +164,7 @@ def segment_sum(
         indices: [M] long, each token's code.
         segments: C.
         valid: [M] bool, True = real; all real if None.
+        backend: "auto", "triton" or "reference", as the module says.
 
     Raises:
         UserError: shapes that do not fit, or an unknown back end.

@@ -46,7 +46,8 @@ def linear_cross_entropy(
         x: [..., D] states.
         weight: [V, D], tied to an embedding or not.
         bias: [V] or None.
-        target: [...] long, in [0, V) or ignore_index.
+        target: [...] long, in [0, V) or ignore_index. Not checked: any other is an IndexError on a CPU, a loss and
+            gradients of NaN with "triton", and a CUDA error with the other back ends.
         label_smoothing: in [0, 1].
         reduction: "mean" over the rows that count (0 if none does), "sum", or "none".
         z_loss: weight of the squared log-sum-exp, which keeps logits from drifting (PaLM: 1e-4).

@@ -162,7 +162,11 @@ class SegmentMask:
         masked_rows: MaskedRows = "zeros",
         name: str = "tokens",
     ) -> SegmentMask:
-        """The mask of a tower: one segment of `length` tokens that sees itself; valid is [B, length] bool or None."""
+        """The mask of a tower: one segment of `length` tokens that sees itself; valid is [B, length] bool or None.
+
+        Raises:
+            UserError: a negative length, a validity or prefix that does not fit, or a prefix without `causal`.
+        """
         return cls.build(
             {name: length},
             {name: (name,)},
@@ -174,7 +178,11 @@ class SegmentMask:
 
     @classmethod
     def packed(cls, lengths: Sequence[int], *, causal: bool = False) -> SegmentMask:
-        """Examples of these lengths side by side on one axis, for a batch of 1: each sees itself, `causal` or whole."""
+        """Examples of these lengths side by side on one axis, for a batch of 1: each sees itself, `causal` or whole.
+
+        Raises:
+            UserError: a length that is negative or not an integer.
+        """
         names = [str(i) for i in range(len(lengths))]
         return cls.build(
             dict(zip(names, lengths, strict=True)),
@@ -319,6 +327,9 @@ class SegmentMask:
         """[B or 1, 1, Tq, T] bool, True = may attend. With masked_rows="open" a fully masked row is all True.
 
         `device` is needed only for a mask without tensors (default: CPU).
+
+        Raises:
+            UserError: another device is asked for than the one that holds the mask's tensors.
         """
         device = self.resolve_device(device)
         return self.memo(("dense", device), lambda: self._dense(device))
@@ -350,17 +361,28 @@ class SegmentMask:
 
         Its blocks come from per-block summaries, never from a [Tq, T] tensor. FlexAttention itself handles neither
         fully masked rows nor NaN in padded values; `ops.attention(backend="flex")` does so around the call.
+
+        Raises:
+            UserError: another device is asked for than the one that holds the mask's tensors.
         """
         device = self.resolve_device(device)
         return self.memo(("block_mask", block_size, device), lambda: make_block_mask(self, block_size, device))
 
     def key_runs(self, device: torch.device | str | None = None) -> KeyRuns:
-        """Per example and query segment the runs [start, stop) of keys it may attend to; waits for no device."""
+        """Per example and query segment the runs [start, stop) of keys it may attend to; waits for no device.
+
+        Raises:
+            UserError: another device is asked for than the one that holds the mask's tensors.
+        """
         device = self.resolve_device(device)
         return self.memo(("key_runs", device), lambda: make_key_runs(self, device))
 
     def kernel_runs(self, device: torch.device | str | None = None) -> Runs:
-        """The same with masked_rows="zeros", as the Triton kernels take it."""
+        """The same with masked_rows="zeros", as the Triton kernels take it.
+
+        Raises:
+            UserError: another device is asked for than the one that holds the mask's tensors.
+        """
         device = self.resolve_device(device)
         return self.memo(("kernel_runs", device), lambda: make_kernel_runs(self, device))
 
