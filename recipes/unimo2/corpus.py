@@ -143,14 +143,27 @@ def _initial_tokenizer(init: Path | None) -> Path | None:
     return path if path.is_file() else None
 
 
-def heldout_pairs(config: RunConfig, bad: BadData) -> Gallery:
+def heldout_split(config: RunConfig) -> str:
     """What a run evaluates on: the validation split, or the embedded corpus's scenes of unseen combinations."""
-    size = config.model.image_size
+    return "test" if config.data.root is None else "val"
+
+
+def heldout_pairs(config: RunConfig, bad: BadData, split: str | None = None) -> Gallery:
+    """Pairs of a split of a run's data; None: of what it evaluates on.
+
+    Raises:
+        UserError: the data has no such split.
+    """
+    size, split = config.model.image_size, split or heldout_split(config)
     if config.data.root is None:
+        corpus = SceneCorpus(pairs=config.data.scenes, image_size=size)
+        parts = {"train": corpus.pair_part, "val": corpus.image_part, "test": corpus.test_part}
+        if split not in parts:
+            raise UserError(f"--split {split}: the generated corpus has none; choose one of {', '.join(parts)}")
         # One sentence tells a scene whole: with five, finding one of them would be five times as easy.
-        return SceneCorpus(pairs=config.data.scenes, image_size=size).test.gallery(captions_per_image=1)
+        return parts[split].pairs().gallery(captions_per_image=1)
     json, folder = locate(config.data.root)
-    return read_karpathy(json, folder, split="val", bad=bad, resolution=size).gallery(bad=bad)
+    return read_karpathy(json, folder, split=split, bad=bad, resolution=size).gallery(bad=bad)
 
 
 def _training_sources(config: RunConfig, bad: BadData) -> Sources:

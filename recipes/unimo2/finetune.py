@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -39,7 +38,7 @@ from vlblocks.training import (
 
 from .configs import PRESETS
 from .model import Unimo2
-from .runs import load_parts, run_settings, start_from
+from .runs import load_parts, over_runs, run_settings, start_from
 from .tasks import TASKS
 from .tasks.base import CODES, Task, TaskConfig, TaskModel
 
@@ -132,6 +131,12 @@ def finetune_run(config: TaskConfig, accelerator: Accelerator) -> None:
             print(f"{out}: no --init, so the model of preset {config.preset} is trained from scratch", flush=True)
         for part in absent:
             print(f"{start.file}: has no weights of {part}, which starts at random", flush=True)
+        if config.data.embedded and start.scenes not in (None, config.data.scenes):
+            print(
+                f"--data.scenes {config.data.scenes}: {start.file} was pre-trained on {start.scenes}, and may here be "
+                f"evaluated on some of them; --data.scenes {start.scenes} tells them apart",
+                flush=True,
+            )
     if is_main() and not begun:
         # Only now: a run that finds no data has not begun, and the corrected command shall not need --restart.
         start.tokenizer.save(out / "tokenizer.json")
@@ -246,13 +251,6 @@ def scene_tokenizer(config: TaskConfig, vocab: int) -> Tokenizer:
 
 
 def over_seeds(config: TaskConfig) -> dict[str, Any]:
-    """Mean and standard deviation (n - 1) of every number of the seeds' runs."""
+    """Mean and deviation of what the seeds' runs came to."""
     runs = [read_json(config.out / f"seed-{seed}" / "metrics.json") for seed in config.seeds]
-    numbers = [name for name, value in runs[0].items() if isinstance(value, (int, float))]
-    found: dict[str, Any] = {"seeds": list(config.seeds)}
-    for name in numbers:
-        values = [run[name] for run in runs]
-        if all(isinstance(value, (int, float)) for value in values):
-            found[name] = statistics.fmean(values)
-            found[f"{name}_deviation"] = statistics.stdev(values) if len(values) > 1 else 0.0
-    return found
+    return {"seeds": list(config.seeds), **over_runs(runs)}

@@ -12,7 +12,6 @@ Prints one JSON. `predict.py COMMAND --help` lists a command's flags.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +38,7 @@ from vlblocks.data import (
 )
 from vlblocks.errors import UserError
 from vlblocks.evaluation import plot_grounding, shared_codes
-from vlblocks.training import parse, run_main, write_atomic, write_json_atomic
+from vlblocks.training import json_text, parse, run_main, write_atomic, write_json_atomic
 from vlblocks_recipes.unimo2.corpus import EvalPairs
 from vlblocks_recipes.unimo2.model import Unimo2
 from vlblocks_recipes.unimo2.objectives import lookup
@@ -139,7 +138,7 @@ def main() -> None:
     kind, command = COMMANDS[name]
     options = parse(kind(), flags, description=kind.__doc__)
     with torch.no_grad():
-        print(json.dumps(command(options), indent=2, ensure_ascii=False))
+        print(json_text(command(options)))
 
 
 def score(options: ScoreOptions) -> list[dict[str, Any]]:
@@ -229,6 +228,9 @@ def embed(options: EmbedOptions) -> dict[str, Any]:
         raise UserError("--images, --texts: give one of them")
     if options.out.suffix != ".npy":
         raise UserError(f"--out {options.out}: name a .npy file")
+    named = options.out.with_suffix(".json")
+    if options.texts is not None and options.texts.resolve() == named.resolve():
+        raise UserError(f"--out {options.out}: the names of its rows would overwrite --texts; name another file")
     side = "image" if options.images else "text"
     run, bad = _load(options, (side, *CONTRAST)), BadData(share=options.max_bad_share)
     if options.images:
@@ -243,7 +245,7 @@ def embed(options: EmbedOptions) -> dict[str, Any]:
         found = run.model.features(side, states, valid)
         rows.append((F.normalize(found, dim=-1) if side == "image" else found).float().cpu())
     features = torch.cat(rows).numpy()
-    write_json_atomic(options.out.with_suffix(".json"), names)
+    write_json_atomic(named, names)
     write_atomic(options.out, lambda place: np.save(place, features))
     return {"out": str(options.out), "rows": len(features), "width": features.shape[1], "skipped": bad.total}
 

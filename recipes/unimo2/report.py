@@ -39,7 +39,7 @@ def report(
     """Evaluate on `pairs`, draw, and write metrics.json last: its presence says that the run is finished."""
     began = time.monotonic()
     model.eval()
-    gallery = embed(model, pairs.image_batches(), pairs.text_batches(), autocast=autocast)
+    gallery = embed(model, pairs.image_batches(), pairs.text_batches(), autocast=autocast, states=False)
     ranks = retrieval_ranks(gallery.similarity(), pairs.text_image)
     found = {**summarize_ranks(ranks), **code_metrics(model, gallery, pairs.text_image)}
     metrics = {f"val/{name}": value for name, value in found.items()}

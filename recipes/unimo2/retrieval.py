@@ -6,7 +6,6 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from vlblocks.data import BadData, read_karpathy
-from vlblocks.errors import UserError
 from vlblocks.evaluation import (
     FeatureScores,
     Fold,
@@ -33,9 +30,8 @@ from vlblocks.evaluation import (
     summarize_ranks,
 )
 from vlblocks.evaluation.reranking import PairScorer
-from vlblocks.training import default_mixed_precision, write_json_atomic
 
-from .corpus import EvalPairs, heldout_pairs
+from .corpus import EvalPairs
 from .model import Unimo2
 from .objectives import Lookup, lookup
 
@@ -45,41 +41,12 @@ Depth = int | Literal["all"]
 CONTRAST_SHARE = 0.3  # of the contrastive score beside the matching logit (spec 26)
 
 
-@dataclass(frozen=True)
-class RetrievalOptions:
-    """Evaluate retrieval; the JSON holds R@1/5/10 and median rank in both directions."""
-
-    run: Path = Path("runs/unimo2-tiny")
-    """Folder of a finished run, pre-trained or fine-tuned."""
-    task: Literal["retrieval"] = "retrieval"
-    pairs: Path | None = None
-    """Karpathy JSON; None: the pairs that the run held out."""
-    images: Path | None = None
-    """Folder of the JSON's images."""
-    split: str = "test"
-    rerank: Depth = 0
-    """Candidates per query that the joint tower scores; "all": every pair, the original protocol; 0: none."""
-    folds: int = 1
-    """Parts of the gallery that are evaluated apart and averaged; 5 gives COCO's 1K figures on its 5K test images."""
-    out: Path | None = None
-    """Folder for retrieval.json and the scores of pairs, by which the same command continues when it was stopped."""
-
-    def check(self) -> None:
-        """Raises UserError for options that make no sense, naming the flag."""
-        if (self.pairs is None) != (self.images is None):
-            raise UserError("--pairs, --images: give both, or neither for the pairs that the run held out")
-        if self.rerank != "all" and self.rerank < 0:
-            raise UserError(f"--rerank: {self.rerank} is no number of candidates; give 0 or more, or all")
-        if self.folds < 1:
-            raise UserError(f"--folds: {self.folds} is no number of parts; give 1 or more")
-
-
 class Embedded(NamedTuple):
-    """What the towers give for I images and T captions, on the CPU."""
+    """What the towers give for I images and T captions, on the CPU; the states are None where none were asked for."""
 
-    image_states: Tensor  # [I, V, D]
-    text_states: Tensor  # [T, L, D], padded
-    text_valid: Tensor  # [T, L]
+    image_states: Tensor | None  # [I, V, D]
+    text_states: Tensor | None  # [T, L, D], padded
+    text_valid: Tensor | None  # [T, L]
     image_features: Tensor  # [I, F]
     text_features: Tensor  # [T, F]
     image_lookup: Lookup  # what each image finds on its own
@@ -88,50 +55,6 @@ class Embedded(NamedTuple):
     def similarity(self) -> FeatureScores:
         """Dual-encoder scores [I, T]."""
         return FeatureScores(F.normalize(self.image_features, dim=-1), self.text_features)
-
-
-def evaluate_retrieval(options: RetrievalOptions, *, quiet: bool = False) -> dict[str, float]:
-    """What `eval.py --task retrieval` prints, for a run that was pre-trained or fine-tuned.
-
-    Raises:
-        UserError: naming the flag or the file that is wrong.
-    """
-    # The runs know the tasks, of which retrieval is one.
-    from .runs import load_run, load_task, read_settings
-
-    options.check()
-    if read_settings(options.run).get("task", "pretrain") == "pretrain":
-        config, model, tokenizer = load_run(options.run)
-        bad = BadData(share=config.data.max_bad_share)
-        gallery = None if options.pairs else heldout_pairs(config, bad)
-    else:
-        config, task, net, tokenizer = load_task(options.run, "retrieval")
-        model, bad = net.base, task.bad
-        gallery = None if options.pairs else task.gallery(options.split)
-    if gallery is None:
-        gallery = read_karpathy(options.pairs, options.images, split=options.split, bad=bad).gallery(bad=bad)
-    pairs = EvalPairs(gallery, tokenizer, model.config.image_size, config.data.max_text)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = default_mixed_precision(device) if config.precision == "auto" else config.precision
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16 if device == "cuda" else None}.get(precision)
-
-    def autocast() -> AbstractContextManager:
-        return nullcontext() if dtype is None else torch.autocast(device, dtype)
-
-    found = evaluate_pairs(
-        model.to(device),
-        pairs,
-        depth=options.rerank,
-        folds=options.folds,
-        out=options.out,
-        autocast=autocast,
-        precision=f"{device} {dtype}",
-        quiet=quiet,
-    )
-    found["skipped"] = bad.total
-    if options.out is not None:
-        write_json_atomic(options.out / "retrieval.json", found)
-    return found
 
 
 def evaluate_pairs(
@@ -167,7 +90,8 @@ def evaluate_pairs(
         _bar(len(pairs), "image", quiet) as image_bar,
         _bar(len(pairs.gallery.captions), "caption", quiet) as text_bar,
     ):
-        embedded = embed(model, _watched(images, image_bar), _watched(texts, text_bar), autocast=autocast)
+        seen = _watched(images, image_bar), _watched(texts, text_bar)
+        embedded = embed(model, *seen, autocast=autocast, states=bool(depth))
     similarity = embedded.similarity()
     scores = [similarity if folds == 1 else similarity.part(part.images, part.texts) for part in parts]
     first = [summarize_ranks(retrieval_ranks(s, part.text_image)) for s, part in zip(scores, parts, strict=True)]
@@ -203,17 +127,22 @@ def embed(
     texts: Iterable[tuple[Tensor, Tensor]],
     *,
     autocast: Autocast = nullcontext,
+    states: bool = True,
 ) -> Embedded:
-    """Run each tower once over batches of images [b, 3, H, W] and of (tokens [b, L], valid [b, L])."""
+    """Run each tower once over batches of images [b, 3, H, W] and of (tokens [b, L], valid [b, L]).
+
+    Args:
+        states: keep what `JointScorer` reads, by far the most of it; the dual encoder needs features alone.
+    """
     device = next(model.parameters()).device
     topk = model.config.grounding.method == "topk"
     parts: dict[tuple[str, str], list[Tensor]] = {}
 
-    def keep(side: Literal["image", "text"], states: Tensor, valid: Tensor | None, found: Lookup) -> None:
+    def keep(side: Literal["image", "text"], given: Tensor, valid: Tensor | None, found: Lookup) -> None:
         fields = {
-            "states": states,
-            "valid": valid,
-            "features": model.features(side, states, valid).float(),
+            "states": given if states else None,
+            "valid": valid if states else None,
+            "features": model.features(side, given, valid).float(),
             # Picked codes are looked up anew for every pair; only their scores are a part's own.
             "codes": None if topk else found.codes,
             "indices": found.indices,
@@ -225,13 +154,13 @@ def embed(
 
     for image in images:
         with autocast():
-            states = model.image(image.to(device))
-            keep("image", states, None, lookup(model, image=states, with_loss=False))
+            given = model.image(image.to(device))
+            keep("image", given, None, lookup(model, image=given, with_loss=False))
     for tokens, valid in texts:
         valid = valid.to(device)
         with autocast():
-            states = model.text(tokens.to(device), valid)
-            keep("text", states, valid, lookup(model, text=states, text_valid=valid, with_loss=False))
+            given = model.text(tokens.to(device), valid)
+            keep("text", given, valid, lookup(model, text=given, text_valid=valid, with_loss=False))
 
     def whole(side: str, name: str) -> Tensor | None:
         return _joined(parts.pop((side, name))) if (side, name) in parts else None
@@ -352,12 +281,16 @@ def _ranks(part: Fold, chosen: Shortlist | None, scorer: PairScorer) -> Retrieva
 
 
 def _recalling(kept: KeptScores, bar: tqdm) -> PairScorer:
-    """The scorer, whose known pairs move the bar, too."""
+    """The scorer, whose known pairs move the bar, too, but say nothing about how fast the others go."""
 
     def score(images: Tensor, texts: Tensor) -> Tensor:
         before = kept.recalled
         scores = kept(images, texts)
-        bar.update(kept.recalled - before)
+        known = kept.recalled - before
+        if not bar.disable:
+            bar.initial += known
+            bar.last_print_n += known
+            bar.n += known
         return scores
 
     return score

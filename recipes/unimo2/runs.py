@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import statistics
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from vlblocks.data import BadData, Tokenizer
 from vlblocks.errors import UserError
 from vlblocks.nn import PatchEmbed, interpolate_positions
-from vlblocks.training import config_from_dict, config_to_dict, load_weights, read_json, read_tensors
+from vlblocks.training import (
+    config_from_dict,
+    config_to_dict,
+    latest_checkpoint,
+    load_weights,
+    read_json,
+    read_tensors,
+)
 
 from .configs import ModelConfig, RunConfig
 from .corpus import load_tokenizer
 from .model import Unimo2
 from .tasks import TASKS
 from .tasks.base import Task, TaskConfig, TaskModel
+
+Weights = Literal["best", "last"]
 
 # Heads that only pre-training reads.
 PRETRAINING_HEADS = ("masked_token", "masked_code")
@@ -32,12 +42,14 @@ class Start(NamedTuple):
         tokenizer: the checkpoint's.
         tensors: weights of the base model by name; None: none, it starts at random.
         file: that they are from.
+        scenes: how many of the generated corpus they were pre-trained on; None: that is not known.
     """
 
     model: ModelConfig
     tokenizer: Tokenizer
     tensors: dict[str, Tensor] | None
     file: Path | None = None
+    scenes: int | None = None
 
 
 class TaskRun(NamedTuple):
@@ -57,8 +69,11 @@ class BaseRun(NamedTuple):
     max_text: int
 
 
-def load_run(folder: Path) -> tuple[RunConfig, Unimo2, Tokenizer]:
-    """Configuration, model in evaluation mode and tokenizer of a finished pre-training run.
+def load_run(folder: Path, weights: Weights = "best") -> tuple[RunConfig, Unimo2, Tokenizer]:
+    """Configuration, model in evaluation mode and tokenizer of a pre-training run.
+
+    Args:
+        weights: as in `weights_file`.
 
     Raises:
         UserError: naming the file that is missing or does not fit.
@@ -69,8 +84,44 @@ def load_run(folder: Path) -> tuple[RunConfig, Unimo2, Tokenizer]:
     config = config_from_dict(RunConfig, settings, source=folder / "config.json")
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
     model = Unimo2(replace(config.model, vocab=tokenizer.vocab_size)).eval()
-    load_parts(model, read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
+    file = weights_file(folder, weights)
+    load_parts(model, read_tensors(file), file)
     return config, model, tokenizer
+
+
+def weights_file(run: Path, weights: Weights) -> Path:
+    """A run's weights: "best", those that it ended with, or "last", those of its last checkpoint.
+
+    Raises:
+        UserError: it has no checkpoint.
+    """
+    if weights == "best":
+        return run / "model.safetensors"
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    if checkpoint is None:
+        raise UserError(f"--weights last: {run / 'checkpoints'} holds no whole checkpoint; choose best")
+    return checkpoint / "model.safetensors"
+
+
+def seed_folders(run: Path) -> list[Path]:
+    """The runs in a folder of several seeds, in the seeds' order; none in a run's own."""
+    if (run / "config.json").exists():
+        return []
+    found = [path for path in run.glob("seed-*") if path.name.removeprefix("seed-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("seed-")))
+
+
+def over_runs(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation (n - 1) of every number of several runs' metrics, and the words that all share."""
+    found: dict[str, Any] = {}
+    for name, first in runs[0].items():
+        values = [run.get(name) for run in runs]
+        if all(isinstance(value, (int, float)) for value in values):
+            found[name] = statistics.fmean(values)
+            found[f"{name}_deviation"] = statistics.stdev(values) if len(values) > 1 else 0.0
+        elif all(value == first for value in values):
+            found[name] = first
+    return found
 
 
 def load_base_run(folder: Path, needed: Collection[str] | None = None) -> BaseRun:
@@ -125,7 +176,7 @@ def read_settings(folder: Path, flag: str = "--run") -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: no such folder; give the --out of a finished training")
-    if not (folder / "config.json").exists() and (seeds := sorted(folder.glob("seed-*"))):
+    if seeds := seed_folders(folder):
         raise UserError(f"{flag} {folder}: holds a run for each seed; give one of them, such as {seeds[0]}")
     settings = read_json(folder / "config.json")
     if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
@@ -133,12 +184,13 @@ def read_settings(folder: Path, flag: str = "--run") -> dict[str, Any]:
     return settings
 
 
-def load_task(run: Path, name: str, config: TaskConfig | None = None) -> TaskRun:
+def load_task(run: Path, name: str, config: TaskConfig | None = None, weights: Weights = "best") -> TaskRun:
     """A run's task and model, to evaluate or to predict with.
 
     Args:
         run: a folder fine-tuned for the task, or any run's for a task that needs no training (`Task.zero_shot`).
         config: settings in place of the run's own.
+        weights: as in `weights_file`.
 
     Raises:
         UserError: the run was fine-tuned for another task, or a file is missing or does not fit.
@@ -155,7 +207,7 @@ def load_task(run: Path, name: str, config: TaskConfig | None = None) -> TaskRun
     config = config or task_config(run, name)
     task = kind(config, tokenizer, model_config.image_size, BadData(share=config.data.max_bad_share))
     base = Unimo2(model_config)
-    file = run / "model.safetensors"
+    file = weights_file(run, weights)
     tensors = read_tensors(file)
     if trained_for == name:
         task.adopt(read_json(run / "task.json"), run / "task.json")
@@ -196,9 +248,11 @@ def start_from(config: TaskConfig, *, scratch: RunConfig, own_tokenizer: Callabl
     file = folder / "model.safetensors" if config.init.is_dir() else config.init
     if not config.init.exists():
         raise UserError(f"--init {config.init}: there is no such folder or file; give a finished run's folder")
-    given = config_from_dict(ModelConfig, read_settings(folder, "--init")["model"], source=folder / "config.json")
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    own = _run_of(file)
+    settings = read_settings(own, "--init")
+    given = config_from_dict(ModelConfig, settings["model"], source=own / "config.json")
+    if (own / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.load(own / "tokenizer.json")
     elif config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
     else:
@@ -210,7 +264,21 @@ def start_from(config: TaskConfig, *, scratch: RunConfig, own_tokenizer: Callabl
         grids = [patches.grid(size, size) for size in (given.image_size, model.image_size)]
         positions = interpolate_positions(tensors["image.positions"], old_grid=grids[0], new_grid=grids[1])
         tensors = {**tensors, "image.positions": positions}
-    return Start(model, tokenizer, tensors, file)
+    return Start(model, tokenizer, tensors, file, _scenes_seen(own, settings))
+
+
+def _run_of(file: Path) -> Path:
+    """The folder with the configuration of some weights: theirs, or for a checkpoint's the run's, two above it."""
+    near = file.parent.absolute().parents[:2] if file.exists() else ()
+    return next((place for place in (file.parent, *near) if (place / "config.json").is_file()), file.parent)
+
+
+def _scenes_seen(run: Path, settings: dict[str, Any]) -> int | None:
+    data = settings.get("data")
+    # A converted checkpoint has a preset's settings, but was not trained here.
+    if settings.get("task", "pretrain") != "pretrain" or not (run / "history.jsonl").is_file():
+        return None
+    return data.get("scenes") if isinstance(data, dict) and data.get("root") is None else None
 
 
 def base_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

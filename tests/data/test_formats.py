@@ -196,6 +196,35 @@ def test_karpathy_mistakes_are_told(data: Path, tmp_path: Path) -> None:
     refuses(lambda: read_karpathy(path, images, split="train"), "UTF-8")
 
 
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda entry: 7, "is not an object"),
+        (lambda entry: {**entry, "filename": ""}, "has no 'filename'"),
+        (lambda entry: {**entry, "split": None}, "has no 'split'"),
+        (lambda entry: {**entry, "filepath": 7}, "has a 'filepath'"),
+        (lambda entry: {**entry, "sentences": "none"}, "has no list 'sentences'"),
+        (lambda entry: {**entry, "sentences": [{"tokens": ["a"]}]}, "has a sentence without 'raw'"),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 5])
+def test_a_malformed_entry_is_skipped_counted_and_named(data: Path, caplog, spoil, reason: str, place: int) -> None:
+    path, images = data / "dataset_toy.json", data / "images"
+    content = json.loads(path.read_text())
+    content["images"][place] = spoil(content["images"][place])
+    path.write_text(json.dumps(content))
+    bad = BadData(share=0.1)
+    with caplog.at_level(logging.WARNING):
+        train = read_karpathy(path, images, split="train", bad=bad)
+        val = read_karpathy(path, images, split="val", bad=bad)
+    assert len(train.images) == 9 and len(val.images) == 2
+    assert [texts[0] for texts in train.captions] == [f"picture {i}" for i in range(10) if i != place]
+    # Once, however many splits are read.
+    assert bad.counts() == {"dataset_toy.json/entry": 1}
+    assert f"{path}: images[{place}]: {reason}" in caplog.text and "1 of 12" in caplog.text
+    refuses(lambda: read_karpathy(path, images, split="train"), rf"images\[{place}\]: .*bad_share")
+
+
 def test_layout_mistakes_are_told(tmp_path: Path) -> None:
     refuses(lambda: locate(tmp_path / "none"), "no such folder")
     refuses(lambda: locate(tmp_path), r"no dataset_\*\.json")

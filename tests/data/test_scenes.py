@@ -247,6 +247,16 @@ def test_a_reference_names_one_thing_and_keeps_the_secret() -> None:
             assert getattr(thing, hide) not in phrase
 
 
+def test_some_scenes_of_a_part_keep_their_pictures_names_and_captions() -> None:
+    part = SceneCorpus(pairs=30, images=0, texts=0, test=0, image_size=32, captions_per_scene=3).pair_part
+    some = part.chosen(range(20, 26))
+    assert len(some.scenes) == len(some.images) == len(some.captions) == 6
+    for here, there in enumerate(range(20, 26)):
+        assert some.scenes[here] == part.scenes[there] and some.images.name(here) == f"pairs scene {there}"
+        assert (some.images[here] == part.images[there]).all() and some.captions[here] == part.captions[there]
+    assert [list(texts) for texts in some.captions] == [list(part.captions[there]) for there in range(20, 26)]
+
+
 def test_mistakes_are_told() -> None:
     with pytest.raises(UserError, match="image size"):
         SceneCorpus(image_size=4)

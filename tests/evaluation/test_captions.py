@@ -1,11 +1,13 @@
 import json
 import math
 import shutil
+import subprocess
 from importlib.util import find_spec
 
 import pytest
 
 from vlblocks.errors import UserError
+from vlblocks.evaluation import captions
 from vlblocks.evaluation.captions import CaptionFile, caption_metrics, ptb_tokens, simple_tokens
 
 coco = pytest.mark.skipif(
@@ -13,6 +15,9 @@ coco = pytest.mark.skipif(
     reason="needs pycocoevalcap: pip install 'vlblocks[tasks]'",
 )
 java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
+
+
+SPICE_FILES = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 
 
 def scores(found, references, **options):
@@ -96,6 +101,54 @@ def test_ptb_tokens_are_those_of_the_fields_class():
     assert [" ".join(tokens) for tokens in got[:4]] == [theirs[i][0] for i in range(4)]
     metrics = caption_metrics({1: "Two dogs."}, {1: ["two dogs"]}, slow=False)
     assert metrics["tokenizer"] == "ptb" and metrics["rouge_l"] == 1.0
+
+
+@coco
+@java
+def test_a_verbatim_caption_is_perfect_by_ptb_tokens_and_meteor():
+    text = "A man's dog runs across the green field."
+    got = caption_metrics({1: text}, {1: ["Something else is here.", text]})
+    assert got["tokenizer"] == "ptb" and got["meteor"] == pytest.approx(1.0) and got["bleu_4"] == pytest.approx(1.0)
+
+
+@coco
+@pytest.mark.parametrize("there", [(), ("stanford-corenlp-4.0.0.jar",), (SPICE_FILES[0],), (SPICE_FILES[1],)])
+def test_spice_downloads_nothing_unasked(tmp_path, monkeypatch, there):
+    from pycocoevalcap.spice import get_stanford_models, spice
+
+    def download(*_, **__):
+        raise AssertionError("a download")
+
+    monkeypatch.setattr("vlblocks.evaluation.captions.shutil.which", lambda name: "/usr/bin/java")
+    monkeypatch.setattr(spice, "get_stanford_models", download)
+    monkeypatch.setattr(get_stanford_models, "get_stanford_models", download)
+    monkeypatch.setattr(spice, "__file__", str(tmp_path / "spice.py"))
+    (tmp_path / "lib").mkdir()
+    for name in there:
+        (tmp_path / "lib" / name).touch()
+    said = captions._spice({0: ["a dog"]}, {0: ["a dog"]})
+    assert said.startswith("needs stanford-corenlp-3.6.0.jar and stanford-corenlp-3.6.0-models.jar in " + str(tmp_path))
+
+
+@coco
+def test_what_spice_prints_does_not_go_to_stdout(tmp_path, monkeypatch, capfd):
+    from pycocoevalcap.spice import spice
+
+    class Noisy:
+        def compute_score(self, wanted, results):
+            subprocess.check_call(["echo", "parsing"])
+            return 0.5, []
+
+    monkeypatch.setattr("vlblocks.evaluation.captions.shutil.which", lambda name: "/usr/bin/java")
+    monkeypatch.setattr(spice, "__file__", str(tmp_path / "spice.py"))
+    monkeypatch.setattr(spice, "Spice", Noisy)
+    (tmp_path / "lib").mkdir()
+    for name in SPICE_FILES:
+        (tmp_path / "lib" / name).touch()
+    assert captions._spice({0: ["a dog"]}, {0: ["a dog"]}) == 0.5
+    print("done", flush=True)
+    out, err = capfd.readouterr()
+    assert out == "done\n" and "parsing" in err
 
 
 @coco

@@ -121,6 +121,7 @@ def test_every_cut_is_noticed(tmp_path):
         (lod(5, (-1,), b"1234"), "no tensor"),
         (lod(5, (2**62, 2**62), b"1234"), "cut short"),
         (lod(5, [1] * 17, b"1234"), "no tensor"),
+        (lod(5, (0, 2**62, 2**62), b""), "no tensor can be of shape"),
         (lod(5, (2**40,), b"1234"), "cut short (4 of 4398046511104 bytes"),
         (struct.pack("<IQQ", 0, 1, 2**60) + b"12345678", "cut short"),
         (struct.pack("<IQ", 0, 2**63) + b"12345678" * 4, "cut short"),
@@ -344,6 +345,23 @@ def test_tuples_in_tuples_without_end_do_not_use_up_the_stack(tmp_path, before, 
         (b"", "empty"),
         (b"}", "cut short"),
         (b"PK\x03\x04 a zip file, as PyTorch writes", "no pickle"),
+        # A type's code of tuples in tuples, whose text is deeper than the stack, or 2 ** 60 characters long.
+        (b"\x80\x02cnumpy\ndtype\n)" + b"\x85" * 2000 + b"\x85R.", "unknown type"),
+        (b"\x80\x02cnumpy\ndtype\n)" + b"2\x86" * 60 + b"\x85R.", "unknown type"),
+        (b"\x80\x02cnumpy\ndtype\nX" + struct.pack("<I", 9000) + b"f" * 9000 + b"\x85R.", "unknown type"),
+        # One text of 100,000 characters, encoded 40 times.
+        (
+            b"\x80\x02](X" + struct.pack("<I", 10**5) + b"a" * 10**5 + b"q\x000"
+            b"X\x06\x00\x00\x00latin1q\x010" + b"c_codecs\nencode\n(h\x00h\x01tR" * 40 + b"e.",
+            "more bytes than the file",
+        ),
+        # An array without elements has strides nevertheless.
+        (
+            b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01btR(K\x01(K\x00"
+            + (b"\x8a\x08" + struct.pack("<q", 2**62)) * 2
+            + b"tcnumpy\ndtype\nX\x02\x00\x00\x00f4\x85R\x89c__builtin__\nbytes\n)Rtb.",
+            "larger than any",
+        ),
     ],
 )
 def test_claims_cost_no_memory(tmp_path, code, words):

@@ -64,6 +64,19 @@ def test_interpolation_resizes_the_grid_and_keeps_the_prefix(mode):
     assert (gradient != 0).all()
 
 
+@pytest.mark.parametrize("padding", [0, 7])
+def test_224_to_384_is_14_by_14_to_24_by_24(padding):
+    block = PatchEmbed(patch_size=16, width=8, padding=padding)
+    old, new = block.grid(224, 224), block.grid(384, 384)
+    assert (old, new) == ((14, 14), (24, 24)) and block(torch.zeros(1, 3, 384, 384)).shape == (1, 24 * 24, 8)
+    table = torch.randn(1, 1 + 14 * 14, 8)
+    resized = interpolate_positions(table, old_grid=old, new_grid=new)
+    grid = table[:, 1:].reshape(1, 14, 14, 8).permute(0, 3, 1, 2)
+    want = F.interpolate(grid, size=(24, 24), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+    assert torch.equal(resized[:, :1], table[:, :1])
+    torch.testing.assert_close(resized[:, 1:], want)
+
+
 def test_bilinear_interpolation_by_hand():
     table = torch.tensor([[[9.0], [0.0], [1.0]]])
     resized = interpolate_positions(table, old_grid=(1, 2), new_grid=(1, 4), mode="bilinear")

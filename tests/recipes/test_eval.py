@@ -1,6 +1,7 @@
 """eval.py: one JSON on stdout, equal to what training reported, and re-ranking that equals scoring every pair."""
 
 import json
+import re
 import shutil
 from functools import partial
 
@@ -24,7 +25,8 @@ def evaluate(call, *flags):
     done = call(evaluation, *flags)
     assert done.code == 0, done.err
     found = json.loads(done.out)
-    assert all(type(value) in (int, float) for value in found.values())
+    assert found.pop("task") == "retrieval"
+    assert all(type(value) in (int, float) for name, value in found.items() if name != "split")
     return found
 
 
@@ -49,20 +51,35 @@ def run_of(on_squares, tmp_path, call, no_report):
 def test_held_out_pairs_give_what_training_reported(trained, call):
     found = evaluate(call, "--run", trained.folder, "--task", "retrieval")
     metrics = json.loads((trained.folder / "metrics.json").read_text())
-    assert found.keys() == RANKS | CODES | {"gallery_size", "skipped"}
-    skipped = found.pop("skipped")
-    assert skipped == 0 and found == {name: metrics[f"val/{name}"] for name in found}
+    assert found.keys() == RANKS | CODES | {"gallery_size", "skipped", "split"}
+    skipped, split = found.pop("skipped"), found.pop("split")
+    assert skipped == 0 and split == "test" and found == {name: metrics[f"val/{name}"] for name in found}
 
 
 def test_a_data_set_of_ones_own(trained, squares, call):
     where = ("--pairs", squares / "dataset_squares.json", "--images", squares / "images")
     found = evaluate(call, "--run", trained.folder, *where, "--rerank", "4")
     again = {f"rerank_{name}" for name in RANKS} | {"rerank_pairs_scored"}
-    assert found.keys() == RANKS | CODES | again | {"gallery_size", "skipped"}
-    assert found["gallery_size"] == 12
+    assert found.keys() == RANKS | CODES | again | {"gallery_size", "skipped", "split"}
+    assert found["gallery_size"] == 12 and found["split"] == "test"
     # Of 12 x 24 pairs, the 4 best of each query, some of them on both lists.
     assert 4 * 24 <= found["rerank_pairs_scored"] <= 4 * (12 + 24)
-    assert evaluate(call, "--run", trained.folder, *where, "--split", "val")["gallery_size"] == 10
+    found = evaluate(call, "--run", trained.folder, *where, "--split", "val")
+    assert found["gallery_size"] == 10 and found["split"] == "val"
+
+
+def test_a_split_of_the_run_s_own_data(run_of, trained, call):
+    folder = run_of()
+    sizes = {split: evaluate(call, "--run", folder, "--split", split) for split in ("train", "val", "test")}
+    assert {split: found["gallery_size"] for split, found in sizes.items()} == {"train": 24, "val": 10, "test": 12}
+    assert all(found["split"] == split for split, found in sizes.items())
+    # What the run held out itself.
+    assert evaluate(call, "--run", folder) == sizes["val"]
+    assert evaluate(call, "--run", trained.folder, "--split", "val")["gallery_size"] == 1000
+    for run in (folder, trained.folder):
+        done = call(evaluation, "--run", run, "--split", "tset")
+        assert done.code == 2 and done.err.count("\n") == 1, done.err
+        assert all(word in done.err for word in ("tset", "train", "val", "test"))
 
 
 @torch.no_grad()
@@ -123,7 +140,13 @@ def test_folds_are_galleries_of_their_own(run_of, call):
 def test_a_killed_evaluation_continues_with_the_scores_it_had(run_of, call, tmp_path, monkeypatch):
     folder, out = run_of(), tmp_path / "evaluation"
     flags = ("--run", folder, "--rerank", "all")
-    whole = evaluate(call, *flags)
+    whole, bars, bar = evaluate(call, *flags), {}, retrieval._bar
+
+    def kept_bar(total, unit, quiet):
+        bars[unit] = bar(total, unit, quiet)
+        return bars[unit]
+
+    monkeypatch.setattr(retrieval, "_bar", kept_bar)
     monkeypatch.setattr(retrieval, "score_every_pair", partial(retrieval.score_every_pair, block=16))
     own, scored = retrieval.JointScorer._batch, []
 
@@ -146,7 +169,9 @@ def test_a_killed_evaluation_continues_with_the_scores_it_had(run_of, call, tmp_
     # What was scored in blocks that ended is not scored again.
     assert sum(scored) == 200 - found["rerank_pairs_recalled"] and found["rerank_pairs_recalled"] >= first - 16 > 0
     assert {**found, "rerank_pairs_recalled": 0} == {**whole, "rerank_pairs_recalled": 0}
-    assert json.loads((out / "retrieval.json").read_text()) == found
+    assert json.loads((out / "retrieval.json").read_text()) == {"task": "retrieval", **found}
+    # What was known already tells nothing of the time that the rest takes.
+    assert bars["pair"].n == 200 and bars["pair"].n - bars["pair"].initial == sum(scored)
 
     # The same pairs serve a shorter list and folds; another model's or other data's do not.
     scored.clear()
@@ -164,7 +189,7 @@ def test_progress_is_shown_with_the_time_left(run_of, call):
     assert json.loads(done.out)["rerank_pairs_scored"] == 200
     for line in ("images: 100%", "captions: 100%", "pairs: 100%"):
         assert line in done.err
-    assert "200/200 [00:" in done.err and "pair/s" in done.err
+    assert re.search(r"200/200 \[\d\d:\d\d<\d\d:\d\d, .*pair/s\]", done.err), done.err
 
 
 def test_reranking_one_candidate_keeps_the_first(run_of, call):
@@ -176,10 +201,10 @@ def test_reranking_one_candidate_keeps_the_first(run_of, call):
 def test_every_image_and_caption_passes_its_tower_once(run_of, call, monkeypatch):
     folder = run_of()
     counts = {"image": 0, "text": 0}
-    own = runs.load_run
+    own, rows = runs.load_run, {"image": 0, "text": 0}
 
-    def counted(run):
-        config, model, tokenizer = own(run)
+    def counted(run, weights):
+        config, model, tokenizer = own(run, weights)
         for name in counts:
 
             def count(module, args, name=name):
@@ -188,9 +213,27 @@ def test_every_image_and_caption_passes_its_tower_once(run_of, call, monkeypatch
             getattr(model, name).register_forward_pre_hook(count)
         return config, model, tokenizer
 
-    monkeypatch.setattr(runs, "load_run", counted)
-    evaluate(call, "--run", folder, "--rerank", "8")
-    assert counts == {"image": 10, "text": 20}
+    def looked_up(model, image=None, text=None, **more):
+        for name, states in (("image", image), ("text", text)):
+            rows[name] += 0 if states is None else len(states)
+        return lookup(model, image, text, **more)
+
+    monkeypatch.setattr(evaluation, "load_run", counted)
+    monkeypatch.setattr(retrieval, "lookup", looked_up)
+    found = evaluate(call, "--run", folder, "--rerank", "8")
+    assert found["rerank_pairs_scored"] > 80
+    # Nor are a pair's codes: both sides' scores are added.
+    assert counts == rows == {"image": 10, "text": 20}
+
+
+def test_the_states_are_kept_only_for_the_joint_tower(run_of, call, monkeypatch):
+    folder, kept, own = run_of(), [], retrieval.embed
+    monkeypatch.setattr(retrieval, "embed", lambda *args, **more: kept.append(own(*args, **more)) or kept[-1])
+    plain = evaluate(call, "--run", folder)
+    reranked = evaluate(call, "--run", folder, "--rerank", "2")
+    assert all(reranked[name] == plain[name] for name in plain)
+    assert [part.image_states is None and part.text_states is None for part in kept] == [True, False]
+    assert kept[0].image_features.shape == kept[1].image_features.shape
 
 
 def test_skipped_images_are_counted(run_of, own_squares, call):

@@ -148,6 +148,17 @@ def test_features_are_what_similarity_is_made_of(run, pictures, tmp_path, call):
     assert np.allclose(image @ text.T, similarity, atol=1e-5)
 
 
+def test_the_names_of_rows_do_not_overwrite_the_texts(run, tmp_path, call, monkeypatch):
+    texts = tmp_path / "notes.json"
+    texts.write_text("\n".join(TEXTS) + "\n")
+    monkeypatch.chdir(tmp_path)
+    # Named in two ways, it is one file.
+    done = call(predict, "embed", "--run", run, "--texts", "notes.json", "--out", tmp_path / "notes.npy")
+    one_line(done, "--out", "overwrite --texts")
+    assert texts.read_text().split("\n") == [*TEXTS, ""] and not (tmp_path / "notes.npy").exists()
+    assert ask(call, "embed", "--run", run, "--texts", texts, "--out", tmp_path / "other.npy")["rows"] == len(TEXTS)
+
+
 def test_folders_and_unreadable_pictures(run, pictures, tmp_path, call, caplog):
     folder = tmp_path / "folder"
     (folder / "deep").mkdir(parents=True)

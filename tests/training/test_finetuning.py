@@ -2,6 +2,7 @@
 
 import json
 import math
+from datetime import timedelta
 
 import pytest
 import torch
@@ -135,6 +136,11 @@ def accelerator():
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = filled
     AcceleratorState._reset_state(True)
+
+
+def test_processes_wait_longer_than_any_evaluation_takes(accelerator):
+    # NCCL's own 10 minutes would end the others while the main process evaluates COCO.
+    assert accelerator.init_handler.timeout >= timedelta(hours=12)
 
 
 class Position:

@@ -84,7 +84,7 @@ def read_karpathy(
         path: the JSON: `images`, each with `filename`, `split`, `sentences` of `raw` text, and perhaps `filepath`.
         images: folder of the pictures; those with a `filepath` are in that folder of it where there is one.
         split: `train` (with COCO's `restval`), `val` or `test`.
-        bad: counts empty captions, and pictures left with none.
+        bad: counts malformed entries (once, whatever the split), empty captions, and pictures left with none.
         resolution, cache_bytes: as in :class:`ImageFiles`.
 
     Raises:
@@ -92,7 +92,7 @@ def read_karpathy(
     """
     path, images = Path(path), Path(images)
     bad = bad or BadData()
-    entries = _karpathy_entries(path)
+    entries = _karpathy_entries(path, bad)
     if not images.is_dir():
         raise UserError(f"{images}: no such folder of images; pass the one that {path.name} belongs to")
     splits = {_SAME_SPLIT.get(entry["split"], entry["split"]) for entry in entries}
@@ -283,7 +283,8 @@ def _read(path: Path) -> str:
     return text
 
 
-def _karpathy_entries(path: Path) -> Sequence[dict[str, Any]]:
+def _karpathy_entries(path: Path, bad: BadData) -> Sequence[dict[str, Any]]:
+    """The entries that are whole; a file without any is no such file."""
     try:
         content = json.loads(_read(path))
     except json.JSONDecodeError as error:
@@ -293,11 +294,13 @@ def _karpathy_entries(path: Path) -> Sequence[dict[str, Any]]:
         raise UserError(f"{path}: is not Karpathy's JSON, which has a list 'images'; pass a dataset_*.json")
     if not entries:
         raise UserError(f"{path}: its list 'images' is empty; pass another file")
-    for number, entry in enumerate(entries):
-        problem = _karpathy_problem(entry)
+    problems = [_karpathy_problem(entry) for entry in entries]
+    if all(problems):
+        raise UserError(f"{path}: is not Karpathy's JSON: images[0] {problems[0]}; pass a dataset_*.json")
+    for number, problem in enumerate(problems):
         if problem:
-            raise UserError(f"{path}: is not Karpathy's JSON: images[{number}] {problem}; pass a dataset_*.json")
-    return entries
+            bad.record(Skipped(f"{path.name}/entry", f"{path}: images[{number}]", problem, len(entries)))
+    return [entry for entry, problem in zip(entries, problems, strict=True) if not problem]
 
 
 def _karpathy_problem(entry: Any) -> str:

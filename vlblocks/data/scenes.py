@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vlblocks.data.captions import captions
-from vlblocks.data.sources import CaptionedImages
+from vlblocks.data.sources import CaptionedImages, Chosen, ImageSource
 from vlblocks.data.world import HELD_OUT, PAIRS, SEEN, SIZES, Scene, Thing, render
 from vlblocks.errors import UserError
 
@@ -62,8 +62,15 @@ class ScenePart(NamedTuple):
     """One part of the corpus."""
 
     scenes: tuple[Scene, ...]
-    images: RenderedScenes
+    images: ImageSource
     captions: SceneCaptions
+
+    def chosen(self, indices: range) -> ScenePart:
+        """Some of its scenes, each with the picture, name and captions that it has here."""
+        scenes = tuple(self.scenes[index] for index in indices)
+        # Captions depend on their scene alone.
+        captions = SceneCaptions(scenes, per_scene=self.captions.per_scene)
+        return ScenePart(scenes, Chosen(self.images, indices), captions)
 
     def pairs(self) -> CaptionedImages:
         """As pictures with captions, for training or as a retrieval gallery."""
@@ -124,7 +131,7 @@ class SceneCorpus:
         return self.pair_part.pairs()
 
     @property
-    def images(self) -> RenderedScenes:
+    def images(self) -> ImageSource:
         """Pictures without captions, of scenes of their own."""
         return self.image_part.images
 

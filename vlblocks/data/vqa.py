@@ -110,7 +110,7 @@ def read_vqa(
     `data_subtype` first), 000000000042.jpg and 42.png, in the folder of the pictures or a folder in it.
 
     Args:
-        bad: counts questions that are malformed, or without answers or picture.
+        bad: counts questions that are malformed, or without answers or (where there are answers) picture.
         clean: how answers are written.
         resolution, cache_bytes: as in :class:`ImageFiles`.
 
@@ -138,7 +138,11 @@ def read_vqa(
     for number, entry in enumerate(entries):
         row, problem = _row(entry, answered, clean)
         if not problem and entry["image_id"] not in pictures:
-            problem = f"no picture {entry['image_id']} in {files.images}"
+            if answered is None:
+                # A submission answers every question, so that the picture is missed only when it is opened.
+                pictures[entry["image_id"]] = files.images / f"COCO_{subtype}_{entry['image_id']:012d}.jpg"
+            else:
+                problem = f"no picture {entry['image_id']} in {files.images}"
         if not problem and entry["question_id"] in seen:
             problem = f"question_id {entry['question_id']} is there before"
         if row is None or problem:

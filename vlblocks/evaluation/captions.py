@@ -12,8 +12,9 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,7 @@ from vlblocks.errors import UserError
 __all__ = ["CaptionFile", "caption_metrics", "check_caption_metrics", "ptb_tokens", "simple_tokens"]
 
 Id = int | str
+_SPICE_FILES = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 _WORD = re.compile("\\w+(?:['\u2019]\\w+)*")
 
 
@@ -151,14 +153,29 @@ def _spice(wanted: dict[Id, list[str]], results: dict[Id, list[str]]) -> float |
         return lacking
     from pycocoevalcap.spice import spice
 
-    # Making a Spice would download half a gigabyte unasked.
+    # Making a Spice without exactly these would download half a gigabyte unasked.
     folder = Path(spice.__file__).parent / "lib"
-    if not list(folder.glob("stanford-corenlp-*.jar")):
-        return f"needs Stanford CoreNLP 3.6.0 in {folder}; pycocoevalcap.spice.get_stanford_models downloads it"
+    if not all((folder / name).is_file() for name in _SPICE_FILES):
+        return f"needs {' and '.join(_SPICE_FILES)} in {folder}; pycocoevalcap.spice.get_stanford_models downloads them"
     try:
-        return float(spice.Spice().compute_score(wanted, results)[0])
+        with _stdout_to_stderr():
+            return float(spice.Spice().compute_score(wanted, results)[0])
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         return f"its Java program failed ({error})"
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """What child processes print goes to stderr, for stdout may be a program's own JSON."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 class CaptionFile:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vlblocks.errors import UserError
-from vlblocks.models.pickled import PickledArray, read_pickled
+from vlblocks.models.pickled import PickledArray, read_pickled, within_reach
 
 __all__ = ["read_lod_tensor", "read_paddle", "read_parameter_folder", "read_pdparams"]
 
@@ -102,6 +102,8 @@ def read_lod_tensor(path: str | os.PathLike[str]) -> Tensor:
             f"{path}: {left - needed} bytes more than its tensor {list(shape)} has; if it joins several parameters, "
             "save them with a file for each"
         )
+    if not within_reach(shape):
+        raise content.foreign(f"no tensor can be of shape {list(shape)}")
     # A copy, since the file's data does not begin where its elements may.
     return (
         torch.frombuffer(bytearray(content.take(needed)), dtype=dtype).reshape(shape)

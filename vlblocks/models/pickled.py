@@ -12,7 +12,7 @@ import mmap
 import os
 import pickletools
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vlblocks.errors import UserError
 
-__all__ = ["PickledArray", "read_pickled"]
+__all__ = ["PickledArray", "read_pickled", "within_reach"]
 
 # NumPy's names of what Paddle pickles. NumPy has no bfloat16: Paddle pickles its bits as unsigned numbers.
 _ARRAY_TYPES = {
@@ -40,6 +40,7 @@ _ARRAY_TYPES = {
     "c16": torch.complex128,
 }
 _MOST_DIMENSIONS = 16
+_LONGEST_CODE = 7  # of a type
 _DAMAGED = "copy it again or use an older one"
 
 
@@ -54,6 +55,11 @@ def read_pickled(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path}: empty: {_DAMAGED}")
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         return _Machine(path, len(mapped)).run(mapped)
+
+
+def within_reach(sizes: Iterable[int]) -> bool:
+    """Whether a tensor can have these sizes: one without elements still has strides, which must not overflow."""
+    return math.prod(size for size in sizes if size) < 1 << 56
 
 
 class _Global(NamedTuple):
@@ -89,7 +95,7 @@ class _Machine:
         self.path, self.size = path, size
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
-        self.array_bytes = 0
+        self.array_bytes = self.encoded_bytes = 0
 
     def run(self, file: Any) -> Any:
         """What the pickle builds."""
@@ -208,6 +214,8 @@ class _Machine:
         sizes = tuple(shape) if isinstance(shape, tuple) else (shape,)
         if any(type(size) is not int or not 0 <= size < 1 << 63 for size in sizes) or len(sizes) > _MOST_DIMENSIONS:
             raise ValueError("an array without a shape")
+        if not within_reach(sizes):
+            raise ValueError("an array larger than any")
         if math.prod(sizes) * dtype.itemsize != len(data):
             raise ValueError(f"an array {list(sizes)} of {len(data)} bytes")
         self.array_bytes += len(data)
@@ -238,7 +246,18 @@ def _from_buffer(machine: _Machine, data: Any, kind: Any, shape: Any, order: Any
 def _encode(machine: _Machine, text: Any, encoding: Any = "utf-8") -> bytes:
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         raise machine.refusal("an unknown encoding")
+    # One text, recalled again and again, would be as many copies.
+    machine.encoded_bytes += len(text)
+    if machine.encoded_bytes > machine.size:
+        raise ValueError("more bytes than the file")
     return text.encode("latin-1")
+
+
+def _type(machine: _Machine, code: Any, *rest: Any) -> _Type:
+    # Anything may stand here, such as tuples in tuples, whose text would be without end.
+    if not isinstance(code, str) or len(code) > _LONGEST_CODE:
+        raise machine.refusal("an array of an unknown type")
+    return _Type(code)
 
 
 def _no_bytes(machine: _Machine) -> bytes:
@@ -258,7 +277,7 @@ _KNOWN: Mapping[_Global, Callable[..., Any] | None] = {
     **{_Global(module, "bytes"): _no_bytes for module in _BUILTINS},
     **{_Global(module, "tuple"): _pair for module in _BUILTINS},
     _Global("numpy", "ndarray"): None,
-    _Global("numpy", "dtype"): lambda machine, code, *rest: _Type(str(code)),
+    _Global("numpy", "dtype"): _type,
     _Global("collections", "OrderedDict"): lambda machine: {},
     _Global("_codecs", "encode"): _encode,
 }

@@ -17,7 +17,14 @@ from vlblocks.training.distributed import (
     is_distributed,
     is_main,
 )
-from vlblocks.training.files import read_json, read_tensors, write_atomic, write_json_atomic, write_tensors_atomic
+from vlblocks.training.files import (
+    json_text,
+    read_json,
+    read_tensors,
+    write_atomic,
+    write_json_atomic,
+    write_tensors_atomic,
+)
 from vlblocks.training.finetuning import Finetuned, Plan, finetune, freeze, layer_scales
 from vlblocks.training.gradients import average_gradients
 from vlblocks.training.guard import NonFiniteError, NonFiniteGuard
@@ -54,6 +61,7 @@ __all__ = [
     "get_rng_state",
     "is_distributed",
     "is_main",
+    "json_text",
     "latest_checkpoint",
     "layer_scales",
     "load_checkpoint",

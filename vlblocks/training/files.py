@@ -20,6 +20,7 @@ from vlblocks.errors import UserError
 __all__ = [
     "disk_full_as_user_error",
     "is_disk_full",
+    "json_text",
     "read_json",
     "read_tensors",
     "sync_file",
@@ -103,9 +104,14 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def json_text(data: Any, *, indent: int | None = 2) -> str:
+    """`data` as strict JSON; a number that is not finite becomes null, since JSON has no word for it."""
+    return json.dumps(_finite(data), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
 def write_json_atomic(path: str | os.PathLike[str], data: Any, *, indent: int | None = 2) -> None:
-    """Write `data` as strict JSON; a number that is not finite becomes null, since JSON has no word for it."""
-    text = json.dumps(_finite(data), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    """Write what `json_text` makes of `data`."""
+    text = json_text(data, indent=indent) + "\n"
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
 __all__ = ["Stateful", "Steps", "make_accelerator", "prepare_folder", "step_generator"]
 
 
+# The main process evaluates while the others wait in a collective call, for longer than NCCL's 10 minutes on COCO. One
+# that died does not keep them waiting, since torchrun ends them all.
+_PATIENCE = timedelta(days=1)
+
+
 class Stateful(Protocol):
     """What goes into a checkpoint and comes back."""
 
@@ -47,14 +53,18 @@ def make_accelerator(precision: str) -> Accelerator:
 
     Raises: UserError for fp16 on a CPU.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     mixed = None if precision == "auto" else {"fp32": "no"}.get(precision, precision)
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu" and mixed == "fp16":
         raise UserError("--precision fp16: needs a GPU; choose auto, bf16 or fp32")
     # Told that it is a CPU, accelerate makes torchrun's processes one group; otherwise each would train on its own.
-    accelerator = Accelerator(cpu=kind == "cpu", mixed_precision=mixed or default_mixed_precision(kind))
+    accelerator = Accelerator(
+        cpu=kind == "cpu",
+        mixed_precision=mixed or default_mixed_precision(kind),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+    )
     if accelerator.device.type == "cpu":
         torch.use_deterministic_algorithms(True)
         # It only helps to find reads of memory that nothing wrote, at a tenth of the time.

@@ -18,7 +18,6 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from vlblocks.data import BadData, SceneCorpus, Tokenizer, pad_tokens
 from vlblocks.data.scenes import ScenePart
-from vlblocks.data.sources import Chosen
 from vlblocks.errors import UserError
 from vlblocks.models import JointStates
 
@@ -26,6 +25,7 @@ from ..configs import OptimConfig, RunConfig
 from ..model import Unimo2
 from ..objectives import lookup
 
+HELD_OUT_SCENES = 1000  # in each part of the generated corpus that is evaluated
 CODES = ("grounded", "ground_image", "ground_text")  # the parts of the model that --freeze codes names
 Split = Literal["train", "val", "test"]
 Key = tuple[int, int]  # epoch, index
@@ -156,7 +156,12 @@ class Task(abc.ABC):
     watch: ClassVar[str]  # higher is better unless it starts with "-"
     zero_shot: ClassVar[bool] = False  # whether eval.py takes a run that was not fine-tuned for it
 
+    sides: ClassVar[tuple[str, ...]] = ("image", "text")  # what it reads, and --blind may hide
+
     def __init__(self, config: TaskConfig, tokenizer: Tokenizer, image_size: int, bad: BadData) -> None:
+        if config.blind not in ("none", *self.sides):
+            sides = ", ".join(self.sides)
+            raise UserError(f"--blind {config.blind}: {config.task} reads no {config.blind}; give {sides} or none")
         self.config, self.tokenizer, self.image_size, self.bad = config, tokenizer, image_size, bad
 
     @classmethod
@@ -306,26 +311,30 @@ def scene_splits(data: TaskData, image_size: int) -> dict[Split, ScenePart]:
     Raises:
         UserError: more scenes than there are.
     """
-    corpus = scene_corpus(data.scenes, image_size)
-    if not 1 <= data.held_out <= 1000:
-        raise UserError(f"--data.held-out: {data.held_out} scenes; choose 1 to 1000")
+    corpus = scene_corpus(data, image_size)
+    first = range(data.held_out)
     return {
         "train": corpus.pair_part,
-        "val": first_scenes(corpus.image_part, data.held_out),
-        "test": first_scenes(corpus.test_part, data.held_out),
+        "val": corpus.image_part.chosen(first),
+        "test": corpus.test_part.chosen(first),
     }
 
 
+def scene_corpus(data: TaskData, image_size: int) -> SceneCorpus:
+    """The generated corpus, whose parts to evaluate have `held_out` scenes or more.
+
+    Raises:
+        UserError: more scenes than there are.
+    """
+    if not 1 <= data.held_out <= HELD_OUT_SCENES:
+        raise UserError(f"--data.held-out: {data.held_out} scenes; choose 1 to {HELD_OUT_SCENES}")
+    return _scene_corpus(data.scenes, image_size)
+
+
 @lru_cache(maxsize=1)
-def scene_corpus(scenes: int, image_size: int) -> SceneCorpus:
-    """The generated corpus, made once for all splits."""
-    return SceneCorpus(pairs=scenes, test=1000, image_size=image_size)
-
-
-def first_scenes(part: ScenePart, count: int) -> ScenePart:
-    """The first scenes of a part."""
-    kept = range(min(count, len(part.scenes)))
-    return ScenePart(part.scenes[: len(kept)], Chosen(part.images, kept), part.captions)
+def _scene_corpus(scenes: int, image_size: int) -> SceneCorpus:
+    part = HELD_OUT_SCENES
+    return SceneCorpus(pairs=scenes, images=part, texts=part, test=part, image_size=image_size)
 
 
 def _short(value: Any) -> str:

@@ -111,11 +111,10 @@ class Captioning(Task):
 
     Config = CaptionConfig
     watch = "cider"
+    sides = ("image",)  # the text is its own
 
     def __init__(self, config: CaptionConfig, *context: Any) -> None:
         super().__init__(config, *context)
-        if config.blind == "text":
-            raise UserError("--blind text: captioning reads no text but what it writes; give image or none")
         self.rules = caption_rules(config, self.tokenizer)
         self.pictures = cache(self.pictures)
 
@@ -185,14 +184,16 @@ class Captioning(Task):
         """Captions by image id; those that the file has already are not made again."""
         examples, ids, device = self.dataset(split), self.pictures(split).ids, next(net.parameters()).device
         found = {} if file is None else dict(file.captions)
-        left = [index for index, image in enumerate(ids) if image not in found]
-        for first in range(0, len(left), self.config.decode_batch):
-            chosen = left[first : first + self.config.decode_batch]
+        for first in range(0, len(ids), self.config.decode_batch):
+            chosen = range(first, min(first + self.config.decode_batch, len(ids)))
+            # A batch is made again whole, or what it draws would depend on where an earlier run was stopped.
+            if all(ids[index] in found for index in chosen):
+                continue
             images = self.batch([examples[0, index] for index in chosen])["image"].to(device)
             generator = torch.Generator(device).manual_seed(self.config.seed + chosen[0])
             with autocast():
                 texts = caption(net.base, images, self.config, self.tokenizer, generator=generator)
-            new = {ids[index]: text for index, text in zip(chosen, texts, strict=True)}
+            new = {ids[i]: text for i, text in zip(chosen, texts, strict=True) if ids[i] not in found}
             found |= new
             if file is not None:
                 file.add(new)
@@ -218,9 +219,7 @@ class Captioning(Task):
     def _captioned(self, split: Split) -> CaptionedImages:
         data = self.config.data
         if data.embedded:
-            part = scene_splits(data, self.image_size)[split]
-            count = len(part.scenes)
-            return CaptionedImages(part.images, [part.captions[i] for i in range(count)], range(count))
+            return scene_splits(data, self.image_size)[split].pairs()
         if data.root is None:
             raise UserError("--data.root: name a folder with dataset_*.json and images/, or use --data.embedded")
         json, folder = locate(data.root)

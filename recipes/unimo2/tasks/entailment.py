@@ -82,10 +82,12 @@ class VisualEntailment(Task):
     def evaluate(self, net: TaskModel, split: Split, *, autocast: Autocast, out: Path | None) -> dict[str, float | str]:
         """accuracy, and that of each label; with `out` the labels found in entailment_SPLIT.json."""
         pairs, ids = self.rows(split)
-        indices, found = classify_pairs(self, net, split, autocast)
-        labels = [ENTAILMENT_LABELS.index(pairs.row(i, self.rng(split, 0, i)).label) for i in indices]
+        said = classify_pairs(self, net, split, autocast)
+        found = [said.classes[index] for index in said.seen]
+        labels = [ENTAILMENT_LABELS.index(pairs.row(i, self.rng(split, 0, i)).label) for i in said.seen]
         if out is not None:
-            written = {ids[index]: ENTAILMENT_LABELS[label] for index, label in zip(indices, found, strict=True)}
+            # A list, since a pairID may be there twice.
+            written = [{"pairID": ids[i], "label": ENTAILMENT_LABELS[said.classes[i]]} for i in said.seen]
             write_json_atomic(out / f"entailment_{split}.json", written)
         accuracy = classification_metrics(found, labels, classes=len(ENTAILMENT_LABELS))["accuracy"]
         each = class_accuracies(found, labels, ENTAILMENT_LABELS)

@@ -42,7 +42,6 @@ from .base import (
     TaskModel,
     TaskOptim,
     encode,
-    first_scenes,
     pooled,
     scene_corpus,
 )
@@ -92,6 +91,7 @@ class ImageClassification(Task):
 
     Config = ImageConfig
     watch = "top1"
+    sides = ("image",)
     zero_shot = True
 
     def __init__(self, config: ImageConfig, *context: Any) -> None:
@@ -116,6 +116,11 @@ class ImageClassification(Task):
         if not isinstance(saved.get("classes"), list):
             raise UserError(f"{source}: has no list of classes; use the file that the run wrote")
         self.names = saved["classes"]
+        if self.config.data.embedded and self.names != list(CLASSES):
+            raise UserError(
+                f"{source}: has {len(self.names)} classes, which are not the {len(CLASSES)} of the generated corpus; "
+                "evaluate the run on pictures of its own, without --data.embedded"
+            )
 
     def make_head(self, model: Unimo2) -> nn.Module:
         if self.names is None:
@@ -194,10 +199,14 @@ class ImageClassification(Task):
 
     def _scenes(self, split: Split) -> Labelled:
         data = self.config.data
-        corpus = scene_corpus(data.scenes, self.image_size)
+        corpus = scene_corpus(data, self.image_size)
         # The test part shows classes that no training scene shows, which a head cannot know: these are of its classes.
         part = {"train": corpus.pair_part, "val": corpus.image_part, "test": corpus.text_part}[split]
-        part = part if split == "train" else first_scenes(part, data.held_out)
+        if split == "val":
+            part = part.chosen(range(data.held_out))
+        if split == "test":
+            # By the first ones the default of `pool` was chosen, so that they would flatter it.
+            part = part.chosen(range(len(part.scenes))[-data.held_out :])
         return Labelled(part.images, [class_label(scene) for scene in part.scenes])
 
     def _readable(self, images: ImageSource, index: int, split: Split) -> bool:

@@ -109,15 +109,31 @@ def pair_logits(net: TaskModel, batch: dict[str, Tensor]) -> Tensor:
     return net.head(pooled(net.base, encode(net.base, batch["image"], batch["tokens"], batch["valid"])))
 
 
-def classify_pairs(task: Task, net: TaskModel, split: Split, autocast: Autocast) -> tuple[list[int], list[int]]:
-    """Indices of a split's examples whose picture can be read, and the class that the head says of each."""
-    device, indices, found = next(net.parameters()).device, [], []
+class Classified(NamedTuple):
+    """What a head says of a split's N examples, in their order.
+
+    Attributes:
+        classes: the likeliest.
+        readable: whether its picture could be read, or is grey.
+    """
+
+    classes: list[int]
+    readable: list[bool]
+
+    @property
+    def seen(self) -> list[int]:
+        """Indices of those whose picture could be read."""
+        return [index for index, readable in enumerate(self.readable) if readable]
+
+
+def classify_pairs(task: Task, net: TaskModel, split: Split, autocast: Autocast) -> Classified:
+    """The head's classes of all examples of a split."""
+    device, found = next(net.parameters()).device, Classified([], [])
     for batch in task.batches(split, device):
         with autocast():
-            classes = pair_logits(net, batch).argmax(1)
-        indices += batch["index"][batch["readable"]].tolist()
-        found += classes[batch["readable"]].tolist()
-    return indices, found
+            found.classes.extend(pair_logits(net, batch).argmax(1).tolist())
+        found.readable.extend(batch["readable"].tolist())
+    return found
 
 
 def unspoiled(draw: Callable[[np.random.Generator], Row], text: Callable[[Row], str]) -> Callable[..., Row]:

@@ -22,7 +22,6 @@ from vlblocks.data import (
     read_karpathy,
     train_transform,
 )
-from vlblocks.data.scenes import SceneCaptions
 from vlblocks.data.sources import Chosen
 from vlblocks.errors import UserError
 from vlblocks.losses import circle_loss
@@ -151,9 +150,10 @@ class Retrieval(Task):
     def _captioned(self, split: Split) -> CaptionedImages:
         data = self.config.data
         if data.embedded:
-            part = scene_splits(data, self.image_size)[split]
-            captions = SceneCaptions(part.scenes, per_scene=part.captions.per_scene)
-            return CaptionedImages(part.images, captions, range(len(part.scenes)))
+            parts = scene_splits(data, self.image_size)
+            if split not in parts:
+                raise UserError(f"--split {split}: the generated corpus has none; choose one of {', '.join(parts)}")
+            return parts[split].pairs()
         if data.root is None:
             raise UserError("--data.root: name a folder with dataset_*.json and images/, or use --data.embedded")
         json, folder = locate(data.root)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ from .base import (
     pooled,
     scene_splits,
 )
+from .image_text import unspoiled
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class TextClassification(Task):
 
     Config = TextConfig
     watch = "accuracy"
+    sides = ("text",)
 
     def __init__(self, config: TextConfig, *context: Any) -> None:
         super().__init__(config, *context)
@@ -90,6 +92,12 @@ class TextClassification(Task):
         wanted = self.config.data.name
         if wanted not in ("auto", self.form.name):
             raise UserError(f"{source}: this run was trained on {self.form.name}, not on {wanted}")
+        data = self.config.data
+        if data.embedded and self.form.name != _scene_form(data).name:
+            raise UserError(
+                f"{source}: this run was trained on {self.form.name}, not on the generated corpus's {data.label} "
+                "(--data.embedded, --data.label); evaluate it on data of its kind"
+            )
 
     def make_head(self, model: Unimo2) -> nn.Module:
         classes = 1 if self.form.regression else len(self.form.labels)
@@ -158,15 +166,17 @@ class TextClassification(Task):
         if self.form is None:
             self._read_format()
         files = self._files(split)
-        texts = [read_glue(file, self.form, bad=self.bad, labelled=split != "test") for file in files]
         names = [file.stem.partition("_")[2] or file.stem for file in files]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"--data.{split}: two files go by the name {twice}, and so would their figures; rename one")
+        texts = [read_glue(file, self.form, bad=self.bad, labelled=split != "test") for file in files]
         return list(zip(names if len(files) > 1 else [""], texts, strict=True))
 
     def _read_format(self) -> None:
         data = self.config.data
         if data.embedded:
-            labels = ("one", "two", "three") if data.label == "count" else ENTAILMENT_LABELS
-            self.form = GlueFormat(f"scenes/{data.label}", ("sentence",), "label", labels)
+            self.form = _scene_form(data)
             return
         self.form = glue_format(data.name, self._files("train")[0])
         if self.form.regression:
@@ -199,7 +209,9 @@ class TextClassification(Task):
                 if self.config.data.label == "count":
                     labels.append(count_label(scene))
                 else:
-                    claim = hypothesise(scene, self.rng(split, number, index))
+                    on_scene = partial(hypothesise, scene)
+                    draw = on_scene if split == "test" else unspoiled(on_scene, lambda found: found.text)
+                    claim = draw(self.rng(split, number, index))
                     second.append(claim.text)
                     labels.append(ENTAILMENT_LABELS.index(claim.label))
         return GlueTexts(first, second or None, labels, list(range(len(first))))
@@ -232,3 +244,8 @@ class TextClassification(Task):
         lines = ["index\tprediction", *(f"{row}\t{word}" for row, word in zip(texts.rows, words, strict=True))]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, lambda file: file.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+
+
+def _scene_form(data: TextData) -> GlueFormat:
+    labels = ("one", "two", "three") if data.label == "count" else ENTAILMENT_LABELS
+    return GlueFormat(f"scenes/{data.label}", ("sentence",), "label", labels)

@@ -141,11 +141,15 @@ class VisualQuestionAnswering(Task):
         return F.binary_cross_entropy_with_logits(logits, batch["targets"], reduction="sum") / len(logits)
 
     def evaluate(self, net: TaskModel, split: Split, *, autocast: Autocast, out: Path | None) -> dict[str, float | str]:
-        """accuracy, and that of each kind of answer; with `out` the submission in vqa_SPLIT.json."""
+        """accuracy, and that of each kind of answer; with `out` the submission in vqa_SPLIT.json.
+
+        VQA's server wants an answer to every question: those on pictures that cannot be read have one too, and count in
+        no accuracy.
+        """
         row = self.questions(split).row
-        indices, found = classify_pairs(self, net, split, autocast)
-        rows = [row(index, self.rng(split, 0, index)) for index in indices]
-        answers = [self.answers[place] for place in found]
+        said = classify_pairs(self, net, split, autocast)
+        rows = [row(index, self.rng(split, 0, index)) for index in range(len(said.classes))]
+        answers = [self.answers[place] for place in said.classes]
         if out is not None:
             written = [{"question_id": r.id, "answer": a} for r, a in zip(rows, answers, strict=True)]
             write_json_atomic(out / f"vqa_{split}.json", written, indent=None)
@@ -153,7 +157,8 @@ class VisualQuestionAnswering(Task):
             raise UserError(
                 f"--data.{split}-annotations: names no file to compare with; --out DIR writes the submission instead"
             )
-        counts = {"questions": len(rows)}
+        counts = {"questions": len(said.seen), "questions_unseen": len(rows) - len(said.seen)}
+        rows, answers = [rows[index] for index in said.seen], [answers[index] for index in said.seen]
         if any(r.answers is None for r in rows):
             return counts
         metrics = vqa_metrics(answers, [r.answers for r in rows], [r.kind for r in rows])

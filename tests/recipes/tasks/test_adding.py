@@ -84,6 +84,25 @@ def test_it_trains_and_evaluates_on_files(nlvr2, pictures, checkpoint, tmp_path,
     assert done.code == 0 and json.loads((tmp_path / "lenient/metrics.json").read_text())["data/skipped"] == 1
 
 
+def test_a_row_with_an_unreadable_picture(nlvr2, pictures, checkpoint):
+    for name in ("train-2-img1.png", "dev-1-img0.png", "train-15-img0.png"):
+        (pictures / "images" / name).write_bytes(b"no picture")
+    config = nlvr2.Nlvr2Config(init=checkpoint, data=nlvr2.Nlvr2Data(root=pictures))
+    start = finetune.start_from(config, scratch=None, own_tokenizer=None)
+    task = nlvr2.Nlvr2(config, start.tokenizer, 32, finetune.BadData(share=0.5))
+    data = task.dataset("train")
+    # Another row's pictures, label and sentence together, not another picture under the same sentence.
+    for lost, other in ((2, 3), (15, 0)):
+        assert torch.equal(data[0, lost]["image"], data[0, other]["image"])
+        assert data[0, lost]["label"] == data[0, other]["label"] and len(data[0, lost]["skipped"]) == 1
+    assert data[0, 2]["label"] != task.rows("train")[1][2][1]
+    base = finetune.Unimo2(start.model)
+    net = finetune.TaskModel(base, task.make_head(base)).eval()
+    with torch.no_grad():
+        found = task.evaluate(net, "val", autocast=torch.no_grad, out=None)
+    assert found["examples"] == 5 and task.bad.counts() == {"val/image": 1}
+
+
 def test_it_learns_what_takes_both_pictures(nlvr2, pictures, checkpoint):
     config = nlvr2.Nlvr2Config(init=checkpoint, dropout=0.0, data=nlvr2.Nlvr2Data(root=pictures))
     start = finetune.start_from(config, scratch=None, own_tokenizer=None)

@@ -252,6 +252,29 @@ def test_a_run_evaluates_streams_its_captions_and_takes_up_what_was_cut(tuned, t
     assert sizes[2:] == [8, 8, 4]
 
 
+def test_samples_do_not_depend_on_where_a_run_was_stopped(tuned, tmp_path, call):
+    done, folder = tuned("--max-steps", "1", "--evaluate-every", "1")
+    assert done.code == 0, done.err
+    flags = ("--run", folder, "--split", "val", "--precision", "fp32", "--decode", "sample", "--out")
+    assert call(evaluation, *flags, tmp_path / "whole").code == 0
+    whole = json.loads((tmp_path / "whole/captions_val.json").read_text())
+    # Killed while it wrote the second batch of eight.
+    own = captioning.CaptionFile.add
+
+    def cut(self, captions):
+        own(self, dict(list(captions.items())[: 3 if len(self.captions) else 8]))
+        if len(self.captions) > 8:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(captioning.CaptionFile, "add", cut)
+        assert call(evaluation, *flags, tmp_path / "cut").code == 130
+    assert len((tmp_path / "cut/captions_val.json.part").read_text().splitlines()) == 1 + 11
+    assert call(evaluation, *flags, tmp_path / "cut").code == 0
+    assert json.loads((tmp_path / "cut/captions_val.json").read_text()) == whole
+    assert len({row["caption"] for row in whole}) > 10
+
+
 def test_the_same_seed_draws_the_same_samples(checkpoint):
     tokenizer = Tokenizer.load(checkpoint / "tokenizer.json")
     task = make_task(CaptionConfig(decode="sample", top_p=0.9, max_length=10), tokenizer)
@@ -281,6 +304,21 @@ def test_a_karpathy_folder_trains_and_a_broken_picture_is_named(make_checkpoint,
     assert json.loads(shown.out)["images"] == 12
 
 
+def test_a_malformed_entry_is_skipped_and_counted(make_checkpoint, own_squares, tmp_path, call):
+    path = own_squares / "dataset_squares.json"
+    content = json.loads(path.read_text())
+    del content["images"][3]["sentences"]
+    path.write_text(json.dumps(content))
+    flags = ("--task", "captioning", "--init", make_checkpoint(tmp_path / "start"), "--data.root", own_squares)
+    flags += ("--max-steps", "1", "--batch", "8", "--max-length", "8", "--out", tmp_path / "run")
+    done = call(train, *flags)
+    assert done.code == 2 and "images[3]: has no list 'sentences'" in done.err and "max_bad_share" in done.err
+    done = call(train, *flags, "--data.max-bad-share", "0.03")
+    assert done.code == 0, done.err
+    # One for all of the file's splits.
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["data/skipped"] == 1
+
+
 def test_pictures_go_by_cocos_numbers(tmp_path):
     class Files:
         def __init__(self, *names):
@@ -299,7 +337,7 @@ def test_pictures_go_by_cocos_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--blind", "text"), ("--blind text", "give image")),
+        (("--blind", "text"), ("--blind text", "captioning reads no text", "give image")),
         (("--max-length", "70"), ("--max-length: 70", "63")),
         (("--min-length", "13"), ("min_length 13", "max_length 12")),
         (("--data.no-embedded",), ("--data.root", "--data.embedded")),

@@ -124,7 +124,7 @@ def test_a_run_on_the_generated_corpus(tuned, tmp_path, call):
     shares = [found[f"accuracy/{label}"] for label in ENTAILMENT_LABELS]
     assert found["accuracy"] == pytest.approx(sum(shares) / 3)
     written = json.loads((tmp_path / "out/entailment_val.json").read_text())
-    right = [name.endswith(f"/{label}") for name, label in written.items()]
+    right = [row["pairID"].endswith(f"/{row['label']}") for row in written]
     assert len(right) == 36 and sum(right) / 36 == pytest.approx(found["accuracy"])
     again, _ = tuned(*SCENES, name="again")
     assert again.code == 0
@@ -143,9 +143,16 @@ def test_a_run_on_snli_ve_s_files(tuned, files, tmp_path, call):
     found = json.loads(call(evaluation, "--run", folder, "--out", tmp_path / "out").out)
     assert found["sentences"] == 18 and found["skipped"] == 0
     written = json.loads((tmp_path / "out/entailment_test.json").read_text())
-    true = {f"test{n}#{label[0]}": label for n in range(6) for label in ENTAILMENT_LABELS}
-    assert written.keys() == true.keys()
-    assert found["accuracy"] == pytest.approx(sum(written[name] == true[name] for name in true) / 18)
+    true = [(f"test{n}#{label[0]}", label) for n in range(6) for label in ENTAILMENT_LABELS]
+    assert [row["pairID"] for row in written] == [name for name, _ in true]
+    right = [row["label"] == label for row, (_, label) in zip(written, true, strict=True)]
+    assert found["accuracy"] == pytest.approx(sum(right) / 18)
+    # A pairID that is there twice stands for two rows.
+    lines = (files / "snli_ve_test.jsonl").read_text().splitlines()
+    (files / "snli_ve_test.jsonl").write_text("\n".join([*lines, lines[1]]) + "\n")
+    found = json.loads(call(evaluation, "--run", folder, "--out", tmp_path / "twice").out)
+    again = json.loads((tmp_path / "twice/entailment_test.json").read_text())
+    assert found["sentences"] == len(again) == 19 and again[:18] == written and again[18] == written[1]
 
 
 def test_a_blind_run_does_not_see_its_side(task):

@@ -228,7 +228,16 @@ def test_seeds_give_a_mean_and_a_deviation(tuned, call):
     assert found["seeds"] == [1, 3]
     assert found["val/accuracy"] == pytest.approx(sum(values) / 2)
     assert found["val/accuracy_deviation"] == pytest.approx(abs(values[0] - values[1]) / math.sqrt(2))
-    one_line(call(evaluation, "--run", folder), folder, "each seed", folder / "seed-1")
+    # Evaluated together, too: the same figures, for each a mean and a deviation.
+    shown = call(evaluation, "--run", folder, "--split", "val", "--precision", "fp32", "--out", folder / "said")
+    together = json.loads(shown.out)
+    assert together["seeds"] == [1, 3] and together["task"] == "text" and together["split"] == "val"
+    for name in ("accuracy", "accuracy_deviation", "f1"):
+        assert together[name] == pytest.approx(found[f"val/{name}"])
+    assert {path.name for path in (folder / "said").iterdir()} == {"seed-1", "seed-3"}
+    alone = json.loads(call(evaluation, "--run", folder / "seed-3", "--split", "val", "--precision", "fp32").out)
+    assert alone["accuracy"] == runs[1]["val/accuracy"]
+    one_line(tuned("--init", folder, name="x")[0], "--init", folder, "each seed", folder / "seed-1")
     one_line(tuned("--seeds", "1,1", name="x")[0], "--seeds")
     one_line(tuned("--seeds", "1,b", name="x")[0], "--seeds")
 
@@ -237,7 +246,8 @@ def test_blind_sides(checkpoint):
     task, _ = make_task(checkpoint, blind="text")
     batch = task.batch([task.dataset("val")[0, index] for index in range(3)])
     assert batch["tokens"].tolist() == [[0, 2]] * 3 and batch["valid"].all() and batch["labels"].shape == (3,)
-    task, _ = make_task(checkpoint, blind="image")
+    # A task on both sides hides either.
+    task.sides, task.config = ("image", "text"), replace(task.config, blind="image")
     image = torch.ones(2, 3, 4, 4)
     assert task.blinded({"image": image})["image"].eq(0).all() and image.eq(1).all()
     assert task.batch([task.dataset("val")[0, 0]])["tokens"].shape[1] > 2

@@ -127,6 +127,22 @@ def test_zero_shot_on_the_generated_corpus(checkpoint, call):
     assert (found["classes"], found["examples"]) == (len(CLASSES), 40) and 0 <= found["top1"] <= found["top5"] <= 1
 
 
+def test_the_test_scenes_are_the_last_ones_and_no_more_than_there_are(checkpoint, call):
+    config = ImageConfig(mode="zero-shot", data=ImageData(embedded=True, scenes=200, held_out=40))
+    images = load_task(checkpoint, "image", config).task.pictures("test").images
+    # By the first ones the pooling was chosen.
+    assert [images.name(index) for index in (0, 39)] == ["texts scene 960", "texts scene 999"] and len(images) == 40
+    flags = ("--run", checkpoint, "--task", "image", "--data.embedded", "--data.scenes", "200", "--data.held-out")
+    for count in ("0", "-3", "1001"):
+        one_line(call(evaluation, *flags, count), "--data.held-out", count, "1 to 1000")
+
+
+def test_a_run_on_folders_does_not_fit_the_generated_corpus(run, folders, call):
+    done, folder = run("--data.root", folders, "--max-steps", "1")
+    assert done.code == 0, done.err
+    one_line(call(evaluation, "--run", folder, "--data.embedded"), folder / "task.json", "has 3 classes", "--data.emb")
+
+
 def test_the_generated_corpus_and_its_blind_baseline(call, quick, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "plot_curves", lambda *_, **__: None)
     said = {}

@@ -163,7 +163,7 @@ def test_a_run_on_karpathys_files(squares, quick, tmp_path, call):
 
 
 @pytest.mark.parametrize("side", ["image", "text"])
-def test_a_blind_run_sees_nothing_of_that_side(quick, tmp_path, call, monkeypatch, side):
+def test_a_blind_run_sees_nothing_of_that_side(quick, squares, tmp_path, call, monkeypatch, side):
     seen = {"image": [], "text": []}
     own = retrieval.TaskPairs.image_batches, retrieval.TaskPairs.text_batches
 
@@ -187,6 +187,13 @@ def test_a_blind_run_sees_nothing_of_that_side(quick, tmp_path, call, monkeypatc
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     # One of 40, as chance has it, give or take what rounding makes of equal scores.
     assert metrics["val/text_to_image_r1"] <= 0.05 and metrics["val/image_to_text_r1"] <= 0.05
+    # Nor does eval.py, on the run's own pairs or on others.
+    for flags in ((), ("--pairs", squares / "dataset_squares.json", "--images", squares / "images")):
+        seen["image"].clear(), seen["text"].clear()
+        done = call(evaluation, "--run", tmp_path, *flags)
+        assert done.code == 0, done.err
+        rows = torch.cat(seen[side])
+        assert (rows == rows[0]).all()
 
 
 def test_mistakes(quick, squares, tmp_path, call):

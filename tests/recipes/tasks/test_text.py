@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vlblocks.data import BadData
+from vlblocks.data.world import HELD_OUT
 from vlblocks.evaluation import classification_metrics, regression_metrics
 from vlblocks_recipes.unimo2 import eval as evaluation
 from vlblocks_recipes.unimo2 import finetune, train
@@ -29,6 +30,7 @@ def write(path, *rows):
     return path
 
 
+SPLITS = ("train", "val", "test")
 COLOURS = ("red", "green", "blue", "yellow")
 
 
@@ -157,6 +159,23 @@ def test_mnli_has_matched_and_mismatched_figures(run, call, tmp_path):
     assert (tmp_path / "said/matched.tsv").exists() and found["examples"] == 18
 
 
+def test_two_files_of_one_name_are_refused(run, tmp_path):
+    root = sentiment(tmp_path / "sst")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/dev.tsv").write_text((root / "dev.tsv").read_text())
+    done, _ = run("--data.root", root, "--data.val", root / "dev.tsv", tmp_path / "other/dev.tsv")
+    one_line(done, "--data.val", "the name dev", "rename")
+
+
+def test_a_run_on_one_label_of_the_generated_corpus_is_not_evaluated_on_the_other(call, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetune, "plot_curves", lambda *_, **__: None)
+    flags = ("--data.label", "entailment", "--max-steps", "1", "--out", tmp_path)
+    assert call(train, "--task", "text", *quick, *flags).code == 0
+    assert call(evaluation, "--run", tmp_path).code == 0
+    # Both have three labels: nothing else would tell.
+    one_line(call(evaluation, "--run", tmp_path, "--data.label", "count"), "scenes/entailment", "count", "--data.label")
+
+
 def test_a_test_file_without_labels_gives_a_submission(run, call, tmp_path):
     done, folder = run("--data.root", sentiment(tmp_path / "sst"))
     assert done.code == 0, done.err
@@ -183,6 +202,8 @@ def test_data_that_does_not_fit_the_run(run, call, tmp_path):
     ]
     for flags, words in cases:
         one_line(call(evaluation, "--run", folder, "--split", "val", *flags), *words)
+    # The generated corpus's labels would be taken for the run's own.
+    one_line(call(evaluation, "--run", folder, "--data.embedded"), folder / "task.json", "trained on auto", "count")
     # In training it is the validation file that must fit, and it is read before the first step.
     done, _ = run("--data.root", root, "--data.val", other, name="second")
     one_line(done, other, "label 'good'")
@@ -211,6 +232,13 @@ def test_entailment_between_sentences_of_the_generated_corpus(checkpoint):
         assert (label == 1) == any(word in text for word in words)
     assert task.parts("val") == make(checkpoint, data)[0].parts("val")
     # Each of a scene's captions has a hypothesis of its own.
+    # Training's captions never name what the test is about, so that of such a claim the label could be told.
+    unseen = [f"{colour} {shape}" for colour, shape in HELD_OUT]
+    named = {
+        split: sum(any(words in text for words in unseen) for text in task.parts(split)[0][1].second)
+        for split in SPLITS
+    }
+    assert named["train"] == named["val"] == 0 < named["test"]
     train = task.parts("train")[0][1]
     assert len(train.first) == 300 and len(set(zip(train.first, train.second, strict=True))) > 290
 

@@ -199,7 +199,7 @@ def test_a_run_on_vqa_s_files_and_the_submission(tuned, files, tmp_path, call):
     assert {entry["answer"] for entry in written} <= {"blue", "green", "red"}
 
 
-def test_an_unreadable_picture_is_left_out_and_counted(tuned, files, call):
+def test_an_unreadable_picture_is_answered_counted_and_left_out_of_the_accuracy(tuned, files, tmp_path, call):
     for name in ("COCO_train2014_000000000004.png", "COCO_val2014_000000001005.png"):
         (files / "images" / name).write_bytes(b"no picture")
     flags = ("--data.root", files, "--data.min-count", "3")
@@ -208,6 +208,21 @@ def test_an_unreadable_picture_is_left_out_and_counted(tuned, files, call):
     assert done.code == 0, done.err
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["data/skipped"] == 2 and metrics["val/questions"] == PER_SPLIT - 1
+    assert metrics["val/questions_unseen"] == 1
+    # The server wants every question answered, also on a picture that is damaged or not there.
+    (files / "images/COCO_test2015_000000002003.png").write_bytes(b"no picture")
+    (files / "images/COCO_test2015_000000002006.png").unlink()
+    for split, first, lost in (("val", 1000, [5]), ("test", 2000, [3, 6])):
+        done = call(evaluation, "--run", folder, "--split", split, "--out", tmp_path / split)
+        assert done.code == 0, done.err
+        found = json.loads(done.out)
+        assert (found["questions"], found["questions_unseen"]) == (PER_SPLIT - len(lost), len(lost))
+        assert found["skipped"] == len(lost)
+        written = json.loads((tmp_path / split / f"vqa_{split}.json").read_text())
+        assert [entry["question_id"] for entry in written] == [10 * (first + number) for number in range(PER_SPLIT)]
+        if split == "val":
+            right = [entry["answer"] == list(COLOURS)[n % 3] for n, entry in enumerate(written) if n not in (0, 5)]
+            assert found["accuracy"] == pytest.approx(sum(right) / (PER_SPLIT - 1))
 
 
 def test_a_blind_run_does_not_see_its_side(task):
