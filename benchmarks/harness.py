@@ -2,7 +2,8 @@
 
 A suite is a module ``benchmarks/suites/NAME.py`` with ``rows(device, quick) -> Iterable[Row]`` and, if it wants other
 charts than the usual ones, ``plots(rows, out)``, which writes ``NAME-*.png`` into the folder ``out``. A suite that
-yields its rows problem by problem can be stopped when its time is up.
+yields its rows problem by problem can be stopped when its time is up; one that yields a problem's rows together, as a
+list, is stopped between problems only.
 """
 
 from __future__ import annotations
@@ -190,12 +191,23 @@ def rotating(call: Callable[..., object], inputs: Sequence[Sequence[Any]]) -> Ca
     return lambda: call(*next(turn))
 
 
-def collect(rows: Iterable[Row], minutes: float | None = None) -> tuple[list[Row], bool]:
+def make_all(makers: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What could be made, and why the rest could not."""
+    made, notes = {}, {}
+    for name, make in makers.items():
+        try:
+            made[name] = make()
+        except Exception as error:
+            notes[name] = failure(error)
+    return made, notes
+
+
+def collect(rows: Iterable[Row | Sequence[Row]], minutes: float | None = None) -> tuple[list[Row], bool]:
     """The rows of a suite, and whether it was stopped because its time was up."""
     end = None if minutes is None else time.monotonic() + 60 * minutes
     found: list[Row] = []
-    for row in rows:
-        found.append(row)
+    for part in rows:
+        found.extend([part] if isinstance(part, Row) else part)
         if end is not None and time.monotonic() > end:
             return found, True
     return found, False
@@ -318,16 +330,24 @@ def write_atomic(path: Path, content: bytes) -> None:
             temporary.unlink()
 
 
-def _plot_bars(rows: Sequence[Row], values: Sequence[float], unit: str, path: Path, *, spread: bool) -> None:
+def write_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as a picture, without a display."""
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
+    write_atomic(path, picture.getvalue())
+
+
+def _plot_bars(rows: Sequence[Row], values: Sequence[float], unit: str, path: Path, *, spread: bool) -> None:
     from matplotlib.figure import Figure
 
     problems = list(dict.fromkeys(_problem(row) for row in rows))
     groups = [[(row, value) for row, value in zip(rows, values, strict=True) if _problem(row) == p] for p in problems]
     figure = Figure(figsize=(7.5, sum(0.34 * len(g) + 0.75 for g in groups) + 0.1), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=[len(g) + 1.0 for g in groups])[:, 0]
     for panel, group, problem in zip(panels, groups, problems, strict=True):
         places = range(len(group))
@@ -352,9 +372,7 @@ def _plot_bars(rows: Sequence[Row], values: Sequence[float], unit: str, path: Pa
         panel.spines[["top", "right", "left"]].set_visible(False)
         panel.spines["bottom"].set_color("#BBBBBB")
     panels[-1].set_xlabel(unit, fontsize=8.5, color="#666666")
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=150, format="png")
-    write_atomic(path, picture.getvalue())
+    write_figure(figure, path)
 
 
 def _problem(row: Row) -> tuple[str, str, str, str]:

@@ -25,13 +25,14 @@ LIMIT = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 # Examples, tokens, width, codes, picks.
 SMALL = [(2, 19, 24, 21, 18), (3, 5, 17, 9, 2)]
 REAL = [(16, 324, 768, 2048, 100), (5, 197, 1024, 3001, 100), (3, 900, 768, 1000, 130), (2, 33, 1536, 70, 1)]
+MANY_CODES = (2, 197, 768, 65536, 100)
 ODD = [(7, 20, 776, 515, 17), (1, 1, 1, 1, 1), (4, 131, 100, 65, 64)]
 
 
 def checks(device: str, quick: bool) -> list[tuple[str, Callable[[], None]]]:
     """(what holds, function that raises if it does not)."""
     on_gpu = torch.device(device).type == "cuda"
-    shapes = REAL + ODD if on_gpu else SMALL
+    shapes = [*REAL, MANY_CODES, *ODD] if on_gpu else SMALL
     found: list[tuple[str, Callable[[], None]]] = []
     for dtype in TYPES:
         name = str(dtype).removeprefix("torch.")
@@ -56,6 +57,7 @@ def checks(device: str, quick: bool) -> list[tuple[str, Callable[[], None]]]:
     found.append(("a code that took all tokens", _bind(skew_holds, device, 80000 if on_gpu else 600)))
     if on_gpu:
         found.append(("no device sync", _bind(nothing_syncs, device)))
+        found.append(("no device sync in a quantizer", _bind(quantizer_does_not_sync, device)))
         if not quick:
             found.append(("offsets past 2^31", _bind(far_offsets_hold, device)))
     return found
@@ -189,6 +191,29 @@ def nothing_syncs(device: str) -> None:
             found = nearest_code(rows, codes, metric=metric)
         segment_sum(rows, found, len(codes), valid.flatten())
 
+    without_sync(run)
+
+
+def quantizer_does_not_sync(device: str) -> None:
+    """`VectorQuantizer` without reviving, which reads the device."""
+    from vlblocks.nn import VectorQuantizer
+
+    x, _, _, _, valid = draw(device, REAL[0], torch.bfloat16, 0.8)
+    for metric in ("l2", "cosine"):
+        quantizer = VectorQuantizer(width=x.shape[2], codes=2048, metric=metric, codebook="ema", device=device)
+
+        def run(quantizer: VectorQuantizer = quantizer) -> None:
+            for known in (valid, None):
+                tokens = x.nan_to_num(0).requires_grad_()
+                out = quantizer(tokens, known, straight_through=True)
+                torch.autograd.grad(out.codes.sum() + out.loss, tokens)
+                quantizer.update(tokens, out.indices, known, modality="image")
+
+        without_sync(run)
+
+
+def without_sync(run: Callable[[], None]) -> None:
+    """Once to compile, once where waiting for the device is an error."""
     run()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

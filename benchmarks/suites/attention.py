@@ -3,7 +3,8 @@
 Providers: PyTorch's SDPA with the dense [B, 1, T, T] mask, built anew in each call as a step builds it, on each of its
 back ends; SDPA segment by segment; FlexAttention; xformers; torch.compile of the plain reference; ours. Texts are a
 half to the whole of their length. FLOPs are those of the pairs of a query and a key that see each other, the backward
-2.5 times the forward (Dao, 2023). Peak memory is above inputs, outputs and gradients.
+twice the forward: the scores that it computes once more do not count. Peak memory is above inputs, outputs and
+gradients. Errors are those of rows that see a key, and of gradients that come from such rows.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Problem(NamedTuple):
 
     def pairs(self) -> float:
         """Pairs of a query and a key that see each other, of all examples and heads."""
-        return float(self.mask().dense().sum()) * self.heads
+        return float(self.mask().dense().expand(self.batch, -1, -1, -1).sum()) * self.heads
 
 
 def dense(backend: SDPBackend | None, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -139,6 +140,26 @@ def with_backward(call: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ..
     return step
 
 
+def compared(call: Callable[..., Tensor], backward: bool, problem: Problem, qkv: Sequence[Tensor]) -> list[Tensor]:
+    """What errors are taken from: the output, or the gradients, without the rows that see no key.
+
+    A dense mask opens those for SDPA, while ours are zeros.
+    """
+    sees = problem.mask().dense(qkv[0].device).any(-1)[..., None]
+    leaves = [x.detach().requires_grad_(backward) for x in qkv]
+    # As when it was timed: a compiled call would compile anew.
+    with torch.set_grad_enabled(backward):
+        out = call(problem, *leaves)
+    if not backward:
+        return [out.masked_fill(~sees, 0.0)]
+    return list(torch.autograd.grad(out, leaves, sees.expand_as(out).to(out.dtype)))
+
+
+def flops_of(problem: Problem, backward: bool) -> float:
+    """Two products in the forward and four in the backward."""
+    return 4 * problem.pairs() * WIDTH * (3.0 if backward else 1.0)
+
+
 def build(provider: str, backward: bool, problem: Sequence[Any]) -> Callable[[], object]:
     """One provider's step, for a fresh process in which its memory is read."""
     made = Problem(*problem)
@@ -174,7 +195,7 @@ def rows(device: str, quick: bool) -> Iterator[Row]:
 def _rows_of(problem: Problem, backward: bool, ceiling: Ceiling, quick: bool) -> Iterator[Row]:
     device, inputs = problem.device, [problem.inputs(seed) for seed in range(2)]
     notes: dict[str, str] = {}
-    calls: dict[str, Callable[..., Any]] = {}
+    calls: dict[str, Callable[..., Tensor]] = {}
     steps: dict[str, Callable[[], object]] = {}
     for name, make in providers(problem, backward).items():
         try:
@@ -182,20 +203,18 @@ def _rows_of(problem: Problem, backward: bool, ceiling: Ceiling, quick: bool) ->
         except ImportError as error:
             notes[name] = failure(error)
             continue
-        calls[name] = with_backward(call) if backward else torch.no_grad()(call)
+        calls[name] = call
+        step = with_backward(call) if backward else torch.no_grad()(call)
         turn = itertools.cycle(inputs)
-        steps[name] = lambda step=calls[name], turn=turn: step(problem, *next(turn))
+        steps[name] = lambda step=step, turn=turn: step(problem, *next(turn))
     slow = device == "cpu" and not quick
     timings = time_alternating(steps, min_runs=4 if slow else 5, warmup=2, device=device)
     exact = None
     if problem.batch * problem.heads <= 1024 and problem.image <= 197:
-        double = [x.double() for x in inputs[0]]
-        reference = partial(through, "reference")
-        exact = (with_backward(reference) if backward else reference)(problem, *double)
-        exact = [part.detach() for part in (exact if backward else (exact,))]
+        exact = compared(partial(through, "reference"), backward, problem, [x.double() for x in inputs[0]])
     size = getattr(torch, problem.dtype).itemsize
     elements = sum(x.numel() for x in inputs[0])
-    flops = 4 * problem.pairs() * WIDTH * (3.5 if backward else 1.0)
+    flops = flops_of(problem, backward)
     moved = size * (elements + inputs[0][0].numel()) * (2.0 if backward else 1.0)
     floor = max(flops / ceiling.flops, moved / ceiling.bandwidth) * 1e3
     outputs = size * (inputs[0][0].numel() + (elements if backward else 0)) / MIB
@@ -210,9 +229,8 @@ def _rows_of(problem: Problem, backward: bool, ceiling: Ceiling, quick: bool) ->
                 memory = peak_memory("suites/attention.py:build", options, warmup=1)
             if memory.peak_mib is not None:
                 memory = memory._replace(peak_mib=max(0.0, memory.peak_mib - outputs))
-            if exact is not None and not name.startswith("SDPA, dense"):
-                found = calls[name](problem, *inputs[0])
-                error = relative_error(found if backward else (found,), exact)
+            if exact is not None:
+                error = relative_error(compared(calls[name], backward, problem, inputs[0]), exact)
             if backward and not name.startswith("reference"):
                 leaves = [x.detach().requires_grad_() for x in inputs[0]]
                 saved = saved_mib(partial(providers(problem, backward)[name](), problem, *leaves), leaves)

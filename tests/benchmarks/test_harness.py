@@ -72,6 +72,21 @@ def test_a_provider_that_fails_says_why_and_stops_nobody(harness):
     assert found["fine"].runs == 6 and not found["fine"].note
 
 
+def test_a_suite_is_stopped_between_problems(harness):
+    rows = [harness.Row(op="dot", shape=f"n {n}", provider=name) for n in range(3) for name in ("eager", "ours")]
+    started = []
+
+    def together():
+        for n in range(0, 6, 2):
+            started.append(n)
+            yield rows[n : n + 2]
+
+    assert harness.collect(together()) == (rows, False) and harness.collect(iter(rows)) == (rows, False)
+    started.clear()
+    assert harness.collect(together(), minutes=-1) == (rows[:2], True) and started == [0]
+    assert harness.collect(iter(rows), minutes=-1) == (rows[:1], True)
+
+
 def test_rates_floor_and_speed_up_follow_from_what_is_known(harness):
     row = harness.Row(op="dot", shape="n 10", provider="ours", ours=True, p50_ms=2.0, flops=8e9, bytes=1e9)
     others = [
