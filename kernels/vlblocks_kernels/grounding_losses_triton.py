@@ -42,7 +42,10 @@ _IEEE = {
     "over_picks": Config({"BN": 64, "BK": 16, "BD": 64}, warps=8, stages=2, registers=128),
     "over_tokens": Config({"BN": 16, "BK": 64, "BD": 64}, warps=8, stages=2, registers=128),
 }
-_TMEM = _WIDE | {"over_tokens": Config({"BN": 64, "BK": 128, "BD": 64}, warps=8, stages=3, registers=128)}
+_TMEM = _WIDE | {
+    "over_picks": _WIDE["over_picks"]._replace(registers=255),
+    "over_tokens": _WIDE["over_tokens"]._replace(registers=128),
+}
 LOSSES = {
     80: {"half": _SLIM, "fp32": _IEEE},
     89: {"half": _SLIM, "fp32": _IEEE},
