@@ -320,8 +320,8 @@ _FLOATS = ("scale", "plain_scale", "keep_scale", "lse", "delta")
 def compile_cases(sm: int, every: bool = False) -> list[CompileCase]:
     """Configurations that a launch can pick on a chip; with `every` not only the ones that need most of it.
 
-    Left out otherwise: half types of equal size and tiles, and what is the same code with less in it (narrower heads in
-    the same tiles, no dropout beside dropout in the wider head).
+    These are all rows of the tables. Left out otherwise: what is the same code in the same tiles with less in it, such
+    as narrower heads or one head of keys for each of queries.
     """
     return list(_every_case(sm)) if every else [_case(sm, *choice) for choice in _CHOICES]
 
@@ -333,7 +333,11 @@ _CHOICES = [
         (torch.bfloat16, 128, True, False, False, False),
         (torch.float16, 64, True, True, True, False),
         (torch.bfloat16, 80, True, True, True, False),
+        (torch.bfloat16, 64, True, True, False, False),
+        (torch.bfloat16, 32, True, True, False, False),
+        (torch.float32, 64, True, False, False, False),
         (torch.float32, 64, True, True, False, False),
+        (torch.float32, 128, True, False, False, False),
         (torch.float32, 128, True, True, True, False),
     )),
     ("forward", torch.bfloat16, 128, False, False, False, True),

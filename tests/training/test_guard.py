@@ -36,6 +36,16 @@ def test_nine_and_one_good_step_go_on():
     assert guard.skipped == 36
 
 
+def test_skipped_steps_are_said_each_time_twice_as_many(caplog):
+    guard = NonFiniteGuard()
+    for step in range(1, 21):
+        guard.check(step, loss=1.0, gradient=math.nan if step % 2 else 1.0)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"step {step}: gradient not finite, so it is skipped ({count} so far)"
+        for step, count in ((1, 1), (3, 2), (7, 4), (15, 8))
+    ]
+
+
 def test_counts_survive_a_resume():
     guard = NonFiniteGuard(limit=3)
     guard.check(1, loss=math.nan)

@@ -1,5 +1,6 @@
 """A guard against losses and gradients that are not finite."""
 
+import logging
 import math
 from typing import Any
 
@@ -7,9 +8,11 @@ import torch
 from torch import Tensor
 
 from vlblocks.errors import UserError
-from vlblocks.training.distributed import true_on_all
+from vlblocks.training.distributed import is_main, true_on_all
 
 __all__ = ["NonFiniteError", "NonFiniteGuard"]
+
+LOG = logging.getLogger(__name__)
 
 
 class NonFiniteError(UserError):
@@ -17,7 +20,7 @@ class NonFiniteError(UserError):
 
 
 class NonFiniteGuard:
-    """Counts the steps to skip because a number was not finite, and stops the run after `limit` in a row.
+    """Counts the steps to skip because a number was not finite, warns, and stops the run after `limit` in a row.
 
     Skipped steps leave the weights as they were, so a checkpoint saved in between is good. Counts go into the
     checkpoint through `state_dict`.
@@ -43,8 +46,11 @@ class NonFiniteGuard:
             return True
         self.skipped += 1
         self.in_a_row += 1
+        what = ", ".join(bad) or "a loss on another rank"
+        # Each time twice as many: seen at once, and a long run's log is not full of it.
+        if is_main() and self.skipped & (self.skipped - 1) == 0:
+            LOG.warning("step %d: %s not finite, so it is skipped (%d so far)", step, what, self.skipped)
         if self.in_a_row >= self.limit:
-            what = ", ".join(bad) or "a loss on another rank"
             raise NonFiniteError(
                 f"{what}: not finite in {self.in_a_row} steps in a row, the last of them step {step}: the last good "
                 "checkpoint is kept; begin anew (--restart) with a lower learning rate or without mixed precision"
