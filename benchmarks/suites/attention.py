@@ -193,6 +193,8 @@ def rows(device: str, quick: bool) -> Iterator[Row]:
 
 
 def _rows_of(problem: Problem, backward: bool, ceiling: Ceiling, quick: bool) -> Iterator[Row]:
+    # Else dynamo would give up on a function after so many shapes, and run it eagerly or not at all.
+    torch.compiler.reset()
     device, inputs = problem.device, [problem.inputs(seed) for seed in range(2)]
     notes: dict[str, str] = {}
     calls: dict[str, Callable[..., Tensor]] = {}

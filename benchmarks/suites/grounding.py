@@ -237,6 +237,8 @@ def rows(device: str, quick: bool) -> Iterator[Row]:
 
 
 def _rows_of(op: str, problem: Problem, ceiling: Ceiling, quick: bool) -> Iterator[Row]:
+    # Else dynamo would give up on a function after so many shapes, and run it eagerly or not at all.
+    torch.compiler.reset()
     device = problem.device
     inputs = [problem.inputs(seed) for seed in range(2 if device == "cpu" else 3)]
     calls: dict[str, Callable[[], object]] = {}
