@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -41,7 +42,9 @@ def main() -> int:
     except OSError as error:
         return _mistake(f"--out: cannot make the folder {arguments.out} ({error.strerror}); choose another")
 
-    command = shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]])
+    # What a suite takes from the environment belongs to the command.
+    settings = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("VLBLOCKS_")]
+    command = shlex.join([*settings, "python", "benchmarks/run.py", *sys.argv[1:]])
     run_suite(
         arguments.suite, arguments.out, arguments.device, arguments.quick, command=command, minutes=arguments.minutes
     )
