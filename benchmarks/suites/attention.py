@@ -12,11 +12,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from harness import MIB, Ceiling, Row, Timing, failure, measure_ceiling, relative_error, saved_mib, time_alternating
+from harness import (
+    MIB,
+    Ceiling,
+    Row,
+    Timing,
+    failure,
+    measure_ceiling,
+    relative_error,
+    saved_mib,
+    time_alternating,
+    write_figure,
+)
 from memory import Memory, measure, peak_memory
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -255,3 +267,45 @@ def _rows_of(problem: Problem, backward: bool, ceiling: Ceiling, quick: bool) ->
             error=error,
             note=timing.note or memory.note,
         )
+
+
+def plots(rows: Sequence[Row], out: Path) -> list[Path]:
+    """Time over floor, and peak memory: a dot per provider, a line per problem, forward beside forward + backward."""
+    from matplotlib.figure import Figure
+
+    written = []
+    charts: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
+        ("time", "time over floor", lambda row: row.x_floor),
+        ("memory", "peak MiB beyond inputs, outputs and gradients", lambda row: row.peak_mib),
+    )
+    names = list(dict.fromkeys(row.provider for row in rows))
+    palette = iter(("#4C78A8", "#72B7B2", "#54A24B", "#9D755D", "#B279A2", "#7F7F7F", "#BAB0AC", "#EECA3B"))
+    mine = {row.provider for row in rows if row.ours}
+    colours = {name: "#D55E00" if name in mine else next(palette) for name in names}
+    for what, label, value in charts:
+        known = [row for row in rows if value(row)]
+        if not known:
+            continue
+        shapes = list(dict.fromkeys(row.shape for row in known))
+        modes = list(dict.fromkeys(row.mode for row in known))
+        figure = Figure(figsize=(11, 1.4 + 0.24 * len(shapes)), layout="constrained")
+        panels = figure.subplots(1, len(modes), squeeze=False, sharey=True)[0]
+        for panel, mode in zip(panels, modes, strict=True):
+            for name in names:
+                own = [row for row in known if row.mode == mode and row.provider == name]
+                if own:
+                    places = [shapes.index(row.shape) for row in own]
+                    panel.scatter([value(row) for row in own], places, s=22, color=colours[name], label=name, zorder=2)
+            panel.set_title(mode, loc="left", fontsize=10)
+            panel.set_xscale("log")
+            panel.set_xlabel(label, fontsize=9)
+            panel.set_yticks(range(len(shapes)), shapes, fontsize=8)
+            panel.grid(axis="y", color="#EEEEEE", zorder=0)
+            panel.spines[["top", "right"]].set_visible(False)
+        panels[0].invert_yaxis()
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+        path = out / f"attention-{what}.png"
+        write_figure(figure, path)
+        written.append(path)
+    return written
