@@ -60,6 +60,7 @@ _TILES: dict[tuple[str, bool, bool, bool], Config] = {
         (kernel, True, wide, drop): _tiles(16, 32 if wide else 64, 8, 2, 255)
         for kernel, wide, drop in product(("forward", "q_grad"), *[(False, True)] * 2)
     },
+    ("forward", True, True, False): _tiles(16, 32, 8, 1, 255),
     **{("kv_grad", True, wide, drop): _tiles(16, 64, 8, 2) for wide, drop in product(*[(False, True)] * 2)},
 }
 
@@ -76,7 +77,7 @@ _OLD = {
 }
 _CHIP_TILES: dict[int, dict[tuple[str, bool, bool, bool], Config]] = {
     80: _OLD,
-    89: _OLD | {("kv_grad", True, False, drop): _tiles(16, 64, 8, 2, 168) for drop in (False, True)},
+    89: _OLD | {("kv_grad", True, False, True): _tiles(16, 64, 8, 2, 168)},
     100: {
         ("forward", False, False, True): _tiles(128, 32, 8, 2),
         ("forward", False, True, False): _tiles(128, 32, 8, 2),
