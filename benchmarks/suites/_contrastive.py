@@ -117,7 +117,7 @@ def problems(device: str, quick: bool) -> Iterator[Contrast]:
     if quick:
         sizes, dtype = [(40, 32)], "float32"
     elif device == "cpu":
-        sizes, dtype = [(8192, 256), (1024, 256), (1024, 512)], "float32"
+        sizes, dtype = [(8192, 256), (1024, 256), (8192, 512), (1024, 512)], "float32"
     else:
         sizes, dtype = [(32768, 256), (8192, 256), (1024, 256), (32768, 512), (8192, 512), (1024, 512)], "bfloat16"
     for batch, width in sizes:
