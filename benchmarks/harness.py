@@ -65,6 +65,20 @@ class Ceiling(NamedTuple):
     bandwidth: float  # bytes per second
 
 
+class Ceilings:
+    """The most that a device has been seen to do, by dtype: measured at every look, since one moment may be slow."""
+
+    def __init__(self, device: str, size: int | None = None) -> None:
+        self.device, self.size = device, size
+        self._seen: dict[str, Ceiling] = {}
+
+    def __getitem__(self, dtype: str) -> Ceiling:
+        now = measure_ceiling(self.device, getattr(torch, dtype), self.size)
+        before = self._seen.get(dtype, now)
+        self._seen[dtype] = found = Ceiling(*map(max, now, before))
+        return found
+
+
 class Timing(NamedTuple):
     """Milliseconds of one provider, or why there are none."""
 

@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from harness import (
     MIB,
     Ceiling,
+    Ceilings,
     Row,
     Timing,
     failure,
-    measure_ceiling,
     relative_error,
     saved_mib,
     time_alternating,
@@ -196,10 +196,9 @@ def problems(device: str, quick: bool) -> Iterator[Problem]:
 
 def rows(device: str, quick: bool) -> Iterator[Row]:
     """Rows problem by problem."""
-    ceiling: Ceiling | None = None
+    ceilings = Ceilings(device, 256 if quick else None)
     for problem in problems(device, quick):
-        if ceiling is None:
-            ceiling = measure_ceiling(device, getattr(torch, problem.dtype), 256 if quick else None)
+        ceiling = ceilings[problem.dtype]
         for backward in (False,) if problem.decoding else (False, True):
             yield from _rows_of(problem, backward, ceiling, quick)
 

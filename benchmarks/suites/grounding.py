@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from harness import MIB, Ceiling, Row, Timing, measure_ceiling, relative_error, rotating, saved_mib, time_alternating
+from harness import MIB, Ceiling, Ceilings, Row, Timing, relative_error, rotating, saved_mib, time_alternating
 from memory import Memory, measure, peak_memory
 from torch import Tensor
 
@@ -228,12 +228,11 @@ def problems(device: str, quick: bool) -> Iterator[Problem]:
 
 def rows(device: str, quick: bool) -> Iterator[Row]:
     """Rows problem by problem, the smallest codebooks first."""
-    ceilings: dict[str, Ceiling] = {}
+    ceilings = Ceilings(device, 256 if quick else None)
     for problem in problems(device, quick):
-        if problem.dtype not in ceilings:
-            ceilings[problem.dtype] = measure_ceiling(device, getattr(torch, problem.dtype), 256 if quick else None)
+        ceiling = ceilings[problem.dtype]
         for op in OPS:
-            yield from _rows_of(op, problem, ceilings[problem.dtype], quick)
+            yield from _rows_of(op, problem, ceiling, quick)
 
 
 def _rows_of(op: str, problem: Problem, ceiling: Ceiling, quick: bool) -> Iterator[Row]:

@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 from harness import (
-    Ceiling,
+    Ceilings,
     Row,
     Timing,
     finish_rows,
     make_all,
-    measure_ceiling,
     relative_error,
     rotating,
     saved_mib,
@@ -90,10 +89,8 @@ def problems(device: str, quick: bool) -> list[Problem]:
 
 def rows(device: str, quick: bool) -> Iterator[list[Row]]:
     """Rows problem by problem."""
-    ceilings: dict[str, Ceiling] = {}
+    ceilings = Ceilings(device, 256 if quick else None)
     for problem in problems(device, quick):
-        if problem.dtype not in ceilings:
-            ceilings[problem.dtype] = measure_ceiling(device, getattr(torch, problem.dtype), 256 if quick else None)
         yield finish_rows(_rows_of(problem, quick), ceilings[problem.dtype])
 
 

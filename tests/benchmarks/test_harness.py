@@ -106,6 +106,21 @@ def test_rates_floor_and_speed_up_follow_from_what_is_known(harness):
     assert harness.finish_rows([mine]) == [mine]
 
 
+def test_a_slow_moment_lowers_no_ceiling(harness, monkeypatch):
+    moments = iter([harness.Ceiling(8.0, 1.0), harness.Ceiling(5.0, 2.0), harness.Ceiling(9.0, 2.0)])
+    asked = []
+
+    def measure(device, dtype, size):
+        asked.append((device, dtype, size))
+        return next(moments)
+
+    monkeypatch.setattr(harness, "measure_ceiling", measure)
+    ceilings = harness.Ceilings("cpu", 64)
+    assert [ceilings["float32"], ceilings["float32"]] == [(8.0, 1.0), (8.0, 2.0)]
+    assert ceilings["bfloat16"] == (9.0, 2.0)  # Its own.
+    assert asked == [("cpu", torch.float32, 64)] * 2 + [("cpu", torch.bfloat16, 64)]
+
+
 def test_the_table_has_blanks_for_what_is_unknown(harness):
     rows = [
         harness.Row(op="a|b", shape="n", provider="ours", ours=True, p50_ms=1.2345, p20_ms=1.0, p80_ms=1234.6),

@@ -19,7 +19,7 @@ from vlblocks.evaluation import class_accuracies, classification_metrics
 from vlblocks.training import write_json_atomic
 
 from ..model import Unimo2
-from .base import Autocast, Examples, Split, Task, TaskConfig, TaskModel, TaskOptim, scene_splits
+from .base import Autocast, Examples, Split, Task, TaskConfig, TaskModel, scene_splits
 from .image_text import (
     ImageTextData,
     Pairs,
@@ -49,7 +49,6 @@ class EntailmentConfig(TaskConfig):
     task: str = "entailment"
     epochs: float = 8.0
     batch: int = 64
-    optim: TaskOptim = field(default_factory=lambda: TaskOptim(lr=1e-3))
     data: EntailmentData = field(default_factory=EntailmentData)
 
 

@@ -31,7 +31,7 @@ from vlblocks.evaluation import normalize_answer, vqa_metrics
 from vlblocks.training import write_json_atomic
 
 from ..model import Unimo2
-from .base import Autocast, Examples, Split, Task, TaskConfig, TaskModel, TaskOptim, scene_splits
+from .base import Autocast, Examples, Split, Task, TaskConfig, TaskModel, scene_splits
 from .image_text import (
     ImageTextData,
     Pairs,
@@ -74,7 +74,6 @@ class VqaConfig(TaskConfig):
     task: str = "vqa"
     epochs: float = 8.0
     batch: int = 64
-    optim: TaskOptim = field(default_factory=lambda: TaskOptim(lr=1e-3))
     data: VqaData = field(default_factory=VqaData)
 
 
