@@ -119,6 +119,25 @@ def test_reranking_everything_equals_scoring_every_pair(run_of, call, flags):
     assert (found.keys() >= CODES) == (not flags)
 
 
+@pytest.mark.parametrize("flags", KINDS, ids=["grounded", "no grounding", "a code for each token"])
+def test_however_few_pairs_pass_the_joint_tower_at_once(run_of, flags):
+    config, model, tokenizer = runs.load_run(run_of(*flags))
+    found = heldout_pairs(config, BadData())
+    pairs = EvalPairs(found, tokenizer, config.model.image_size, config.data.max_text)
+    gallery = retrieval.embed(model, pairs.image_batches(), pairs.text_batches())
+    lengths = gallery.text_valid.sum(1)
+    # Texts of several lengths, of each more than pass at once.
+    assert len(lengths.unique()) > 1
+    images, texts = torch.meshgrid(torch.arange(len(pairs)), torch.arange(len(lengths)), indexing="ij")
+    scores = [
+        retrieval.JointScorer(model, gallery, states=states)(images.flatten(), texts.flatten())
+        for states in (None, 60, 90, 120)
+    ]
+    assert scores[0].std() > 0.1
+    for other in scores[1:]:
+        torch.testing.assert_close(other, scores[0], rtol=1e-4, atol=1e-4)
+
+
 def test_folds_are_galleries_of_their_own(run_of, call):
     folder = run_of()
     scores, text_image = scores_of_every_pair(folder)

@@ -1,5 +1,6 @@
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -273,6 +274,17 @@ def test_samples_do_not_depend_on_where_a_run_was_stopped(tuned, tmp_path, call)
     assert call(evaluation, *flags, tmp_path / "cut").code == 0
     assert json.loads((tmp_path / "cut/captions_val.json").read_text()) == whole
     assert len({row["caption"] for row in whole}) > 10
+
+
+def test_every_batch_draws_its_own_samples(checkpoint, tmp_path):
+    tokenizer = Tokenizer.load(checkpoint / "tokenizer.json")
+    data = CaptionData(embedded=True, scenes=8, held_out=6)
+    # To a blind model all pictures are one.
+    config = CaptionConfig(decode="sample", max_length=12, decode_batch=2, blind="image", data=data)
+    net = TaskModel(tiny(vocab=tokenizer.vocab_size), torch.nn.Identity())
+    make_task(config, tokenizer).evaluate(net, "val", autocast=nullcontext, out=tmp_path)
+    texts = [row["caption"] for row in json.loads((tmp_path / "captions_val.json").read_text())]
+    assert len({tuple(texts[first : first + 2]) for first in (0, 2, 4)}) == 3
 
 
 def test_the_same_seed_draws_the_same_samples(checkpoint):

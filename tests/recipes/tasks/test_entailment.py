@@ -17,9 +17,10 @@ from vlblocks.data.world import HELD_OUT
 from vlblocks_recipes.unimo2 import eval as evaluation
 from vlblocks_recipes.unimo2 import finetune, train
 from vlblocks_recipes.unimo2.runs import load_run
+from vlblocks_recipes.unimo2.tasks import entailment
 from vlblocks_recipes.unimo2.tasks.base import TaskModel
 from vlblocks_recipes.unimo2.tasks.entailment import EntailmentConfig, EntailmentData, VisualEntailment
-from vlblocks_recipes.unimo2.tasks.image_text import pair_logits
+from vlblocks_recipes.unimo2.tasks.image_text import Classified, pair_logits
 
 SCENES = ("--data.embedded", "--data.scenes", "60", "--data.held-out", "12")
 
@@ -99,7 +100,10 @@ def test_one_batch_can_be_learnt(task, checkpoint):
     model = load_run(checkpoint)[1]
     net = TaskModel(model, task.make_head(model)).train()
     data = task.dataset("train")
-    batch = task.batch([data[0, index] for index in range(8)])
+    examples = [data[0, index] for index in range(8)]
+    batch = task.batch(examples)
+    assert [ENTAILMENT_LABELS[label] for label in batch["labels"]] == [example["label"] for example in examples]
+    assert len(batch["labels"].unique()) > 1
     logits = pair_logits(net, batch)
     by_hand = -sum(logits[i].log_softmax(0)[label] for i, label in enumerate(batch["labels"].tolist())) / 8
     assert task.loss(net, batch, torch.Generator()).item() == pytest.approx(by_hand.item(), rel=1e-5)
@@ -129,6 +133,20 @@ def test_a_run_on_the_generated_corpus(tuned, tmp_path, call):
     again, _ = tuned(*SCENES, name="again")
     assert again.code == 0
     assert (tmp_path / "again/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_a_sentence_on_an_unreadable_picture_shifts_no_other(task, tmp_path, monkeypatch):
+    # One of each label on every scene, in their order.
+    true = [index % 3 for index in range(36)]
+    lost = 7
+    said = Classified(
+        [(label + (index == lost)) % 3 for index, label in enumerate(true)], [i != lost for i in range(36)]
+    )
+    monkeypatch.setattr(entailment, "classify_pairs", lambda *_: said)
+    found = task.evaluate(None, "val", autocast=None, out=tmp_path)
+    assert found["accuracy"] == 1.0 and found["sentences"] == 35
+    written = json.loads((tmp_path / "entailment_val.json").read_text())
+    assert len(written) == 35 and all(row["pairID"].endswith(f"/{row['label']}") for row in written)
 
 
 def test_a_run_on_snli_ve_s_files(tuned, files, tmp_path, call):

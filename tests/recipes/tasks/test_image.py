@@ -1,6 +1,7 @@
 """Image classification: zero-shot by prompts, linear probe, full fine-tuning; folders and the generated corpus."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from vlblocks.data.scene_tasks import CLASSES
 from vlblocks_recipes.unimo2 import eval as evaluation
 from vlblocks_recipes.unimo2 import finetune, train
+from vlblocks_recipes.unimo2.configs import ContrastConfig
 from vlblocks_recipes.unimo2.runs import load_task
 from vlblocks_recipes.unimo2.tasks.image_classification import ImageConfig, ImageData
 
@@ -118,6 +120,31 @@ def test_zero_shot_compares_pictures_with_the_mean_prompt(checkpoint, folders, t
             hits.append(scores.argmax().item() == label)
     assert found["top1"] == pytest.approx(sum(hits) / 12)
     assert len((tmp_path / "said/test.tsv").read_text().splitlines()) == 13
+
+
+@torch.no_grad()
+def test_a_class_is_the_mean_direction_of_its_prompts(make_checkpoint, tmp_path):
+    # Without a projection of its own a text's feature has any length; no prompt shall weigh more by it.
+    contrast = ContrastConfig(pool="mean", width=None, normalize="image")
+    folder = make_checkpoint(tmp_path / "bare", contrast=contrast)
+    run = load_task(folder, "image", ImageConfig(mode="zero-shot", data=ImageData(embedded=True, scenes=200)))
+    model = run.net.base
+    model.text.transformer.layers[-1].norm2.weight.copy_(torch.linspace(0.1, 5.0, 32))
+    run.task.pictures("val")
+    sentences = {name: [f"the {name}", f"there is one large {name} at the top left of it"] for name in CLASSES}
+    (tmp_path / "prompts.json").write_text(json.dumps(sentences))
+    run.task.config = replace(run.task.config, data=replace(run.task.config.data, prompts=tmp_path / "prompts.json"))
+    found = run.task._prompted(model, torch.device("cpu"), nullcontext)
+    norms = []
+    for row, name in zip(found, CLASSES, strict=True):
+        features = []
+        for text in sentences[name]:
+            tokens = torch.tensor([run.tokenizer.encode(text)])
+            features.append(model.features("text", model.text(tokens), None)[0])
+        norms += [feature.norm() for feature in features]
+        mean = sum(feature / feature.norm() for feature in features)
+        torch.testing.assert_close(row, mean / mean.norm(), rtol=1e-4, atol=1e-5)
+    assert max(norms) > 1.05 * min(norms)
 
 
 def test_zero_shot_on_the_generated_corpus(checkpoint, call):
