@@ -99,6 +99,12 @@ def test_a_score_that_is_no_number_is_on_a_list_last():
     assert shortlist(scores, 1).text_candidates.tolist() == [[1], [0], [1]]
 
 
+def test_a_right_candidate_without_a_number_does_not_hide_another():
+    better = torch.tensor([[float("nan"), 2.0, 1.0, 1.0], [0.0, 0.0, 1.0, 2.0]])
+    found = rerank(torch.zeros(2, 4), 4, lambda image, text: better[image, text])
+    assert found.ranks(torch.tensor([0, 0, 1, 1])).image_to_text.tolist() == [1, 1]
+
+
 def test_every_pair_is_what_reranking_all_candidates_gives():
     better, owner = torch.randn(7, 12), torch.randint(7, (12,))
     asked = []
@@ -159,6 +165,16 @@ def test_a_killed_evaluation_goes_on_where_it_was(tmp_path):
     rerank(scores, 3, other)
     assert len(other) == other.recalled == 0
     assert (again.ranks(owner).text_to_image <= 8).all()
+
+
+def test_kept_scores_are_found_in_whatever_order_they_were_asked(tmp_path):
+    better, pairs = torch.randn(5, 7), torch.randperm(35, generator=torch.Generator().manual_seed(1))
+    kept = KeptScores(counting(better)[0], tmp_path, fingerprint="abc")
+    for part in pairs.split(12):
+        kept(part // 7, part % 7)
+    kept.save()
+    again, order = KeptScores(counting(better, stop_after=0)[0], tmp_path, fingerprint="abc"), pairs.flip(0)
+    assert torch.equal(again(order // 7, order % 7), better.flatten()[order]) and again.recalled == 35
 
 
 def test_files_of_scores_are_written_now_and_then_whole_or_not_at_all(tmp_path, monkeypatch):

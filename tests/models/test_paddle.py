@@ -87,6 +87,12 @@ def test_every_type_comes_out_as_it_was_written(tmp_path, dtype):
     assert found.dtype == dtype and torch.equal(found, tensor)
 
 
+def test_sizes_are_read_as_numbers(tmp_path):
+    sizes = torch.tensor([3, 2**40])
+    (tmp_path / "w").write_bytes(lod(19, sizes.shape, raw(sizes)))
+    assert torch.equal(read_lod_tensor(tmp_path / "w"), sizes)
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (2, 3, 4, 5), (1, 200, 3)], ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("levels", [(), (b"", struct.pack("<3Q", 0, 1, 3))], ids=["plain", "levels"])

@@ -132,12 +132,16 @@ def test_scores_are_those_of_retrieval(tmp_path, pictures, call, grounding):
         assert row["score"] == pytest.approx(float(logits[1]) + CONTRAST_SHARE * row["similarity"], abs=1e-5)
 
 
-def test_features_are_what_similarity_is_made_of(run, pictures, tmp_path, call):
+@pytest.mark.parametrize("projected", [True, False])
+def test_features_are_what_similarity_is_made_of(run, pictures, tmp_path, call, projected):
+    if not projected:
+        # Then a picture's feature has another length than 1.
+        run = write_run(tmp_path / "run", replace(SMALL, contrast=ContrastConfig(width=None, normalize="none")))
     texts = tmp_path / "texts.txt.gz"
     with gzip.open(texts, "wt") as file:
         file.write("\n".join(TEXTS) + "\n")
     done = ask(call, "embed", "--run", run, "--images", *pictures, "--out", tmp_path / "images.npy")
-    assert done == {"out": str(tmp_path / "images.npy"), "rows": 3, "width": 16, "skipped": 0}
+    assert done == {"out": str(tmp_path / "images.npy"), "rows": 3, "width": 16 if projected else 32, "skipped": 0}
     ask(call, "embed", "--run", run, "--texts", texts, "--out", tmp_path / "texts.npy")
     image, text = np.load(tmp_path / "images.npy"), np.load(tmp_path / "texts.npy")
     assert image.dtype == text.dtype == np.float32

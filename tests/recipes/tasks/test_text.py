@@ -132,6 +132,9 @@ def test_regression_is_scaled_and_scaled_back(checkpoint, tmp_path):
     torch.nn.init.zeros_(net.head.dense.weight), torch.nn.init.zeros_(net.head.dense.bias)
     batch = task.batch([task.dataset("train")[0, index] for index in range(32)])
     assert task.loss(net, batch, torch.Generator()).item() == pytest.approx(1.0, rel=1e-5)
+    with torch.no_grad():
+        task.evaluate(net, "val", autocast=torch.no_grad, out=tmp_path / "mean")
+    assert {line.split("\t")[1] for line in (tmp_path / "mean/val.tsv").read_text().splitlines()[1:]} == {"3.0000"}
     # Answers far apart, so that the four decimals of the file tell them.
     torch.nn.init.normal_(net.head.dense.weight, std=100.0)
     with torch.no_grad():

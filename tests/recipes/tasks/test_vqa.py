@@ -131,6 +131,9 @@ def test_the_loss_by_hand(task, files, checkpoint):
     batch = vqa.batch([data[0, 0], data[0, 3], data[0, 1]])
     # Nine of ten say so: more than the three that make a full target. Those outside the list leave zeros.
     assert batch["targets"].tolist() == [[0, 0, 0], [0, 0, 1], [1, 0, 0]]
+    # Where fewer agree, a target is a share.
+    soft = vqa.batch([{**data[0, 3], "targets": {0: 0.6, 2: 1.0}}])
+    assert soft["targets"].tolist() == [[pytest.approx(0.6), 0, 1]]
     net = TaskModel(load_run(checkpoint)[1], nn.Identity()).train()
     logits = torch.tensor([[0.0, -1.0, 2.0], [1.0, 0.5, -0.5], [3.0, 0.0, -2.0]])
     net.head = nn.Sequential()
