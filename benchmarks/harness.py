@@ -356,6 +356,13 @@ def write_figure(figure: Any, path: Path) -> None:
     write_atomic(path, picture.getvalue())
 
 
+def provider_colours(rows: Sequence[Row]) -> dict[str, str]:
+    """A colour for each provider, the same in all panels; orange is ours."""
+    others = itertools.cycle(("#4C78A8", "#72B7B2", "#54A24B", "#9D755D", "#B279A2", "#7F7F7F", "#BAB0AC", "#EECA3B"))
+    mine = {row.provider for row in rows if row.ours}
+    return {name: "#D55E00" if name in mine else next(others) for name in dict.fromkeys(row.provider for row in rows)}
+
+
 def _plot_bars(rows: Sequence[Row], values: Sequence[float], unit: str, path: Path, *, spread: bool) -> None:
     from matplotlib.figure import Figure
 

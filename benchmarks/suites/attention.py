@@ -24,6 +24,7 @@ from harness import (
     Row,
     Timing,
     failure,
+    provider_colours,
     relative_error,
     saved_mib,
     time_alternating,
@@ -277,10 +278,7 @@ def plots(rows: Sequence[Row], out: Path) -> list[Path]:
         ("time", "time over floor", lambda row: row.x_floor),
         ("memory", "peak MiB beyond inputs, outputs and gradients", lambda row: row.peak_mib),
     )
-    names = list(dict.fromkeys(row.provider for row in rows))
-    palette = iter(("#4C78A8", "#72B7B2", "#54A24B", "#9D755D", "#B279A2", "#7F7F7F", "#BAB0AC", "#EECA3B"))
-    mine = {row.provider for row in rows if row.ours}
-    colours = {name: "#D55E00" if name in mine else next(palette) for name in names}
+    colours = provider_colours(rows)
     for what, label, value in charts:
         known = [row for row in rows if value(row)]
         if not known:
@@ -290,7 +288,7 @@ def plots(rows: Sequence[Row], out: Path) -> list[Path]:
         figure = Figure(figsize=(11, 1.4 + 0.24 * len(shapes)), layout="constrained")
         panels = figure.subplots(1, len(modes), squeeze=False, sharey=True)[0]
         for panel, mode in zip(panels, modes, strict=True):
-            for name in names:
+            for name in colours:
                 own = [row for row in known if row.mode == mode and row.provider == name]
                 if own:
                     places = [shapes.index(row.shape) for row in own]

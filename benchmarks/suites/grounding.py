@@ -17,7 +17,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from harness import MIB, Ceiling, Ceilings, Row, Timing, relative_error, rotating, saved_mib, time_alternating
+from harness import (
+    MIB,
+    Ceiling,
+    Ceilings,
+    Row,
+    Timing,
+    provider_colours,
+    relative_error,
+    rotating,
+    saved_mib,
+    time_alternating,
+)
 from memory import Memory, measure, peak_memory
 from torch import Tensor
 
@@ -342,6 +353,7 @@ def plots(rows: Sequence[Row], out: Path) -> list[Path]:
         ("time", "time over floor", lambda row: row.p50_ms / row.floor_ms if row.p50_ms and row.floor_ms else None),
         ("memory", "peak MiB beyond inputs, outputs and gradients", lambda row: row.peak_mib),
     )
+    colours = provider_colours(rows)
     for file, label, value in charts:
         figure = Figure(figsize=(11, 3.4 * ((len(OPS) + 1) // 2)), layout="constrained")
         FigureCanvasAgg(figure)
@@ -350,14 +362,11 @@ def plots(rows: Sequence[Row], out: Path) -> list[Path]:
             # One curve per provider, at the sequence and width that every codebook was run with.
             tokens = next((row.shape.split(", ")[1] for row in own if "N 197" in row.shape), None)
             own = [row for row in own if tokens is None or (f"{tokens}," in row.shape and row.shape.endswith("D 768"))]
-            names = dict.fromkeys(row.provider for row in own)
-            others = iter(("#4C78A8", "#72B7B2", "#54A24B", "#9D755D", "#B279A2", "#7F7F7F"))
-            for name in names:
+            for name in dict.fromkeys(row.provider for row in own):
                 points = [
                     (int(row.shape.split("C ")[1].split(",")[0]), value(row)) for row in own if row.provider == name
                 ]
-                mine = name.startswith("vlblocks")
-                style = {"color": "#D55E00", "linewidth": 2.4} if mine else {"color": next(others), "linewidth": 1.2}
+                style = {"color": colours[name], "linewidth": 2.4 if name.startswith("vlblocks") else 1.2}
                 panel.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=name, **style)
             panel.set_title(f"{op}{', ' + tokens + ', D 768' if tokens else ''}", loc="left", fontsize=10)
             panel.set_xscale("log", base=2)

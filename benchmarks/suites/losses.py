@@ -8,7 +8,6 @@ Inputs rotate. The error is the largest of loss and gradients. What has an aim r
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from harness import (
     Timing,
     finish_rows,
     make_all,
+    provider_colours,
     relative_error,
     rotating,
     saved_mib,
@@ -165,9 +165,7 @@ def plots(rows: Sequence[Row], out: Path) -> list[Path]:
         ("memory", "peak MiB beyond inputs and gradients", lambda row: row.peak_mib),
     )
     ops = list(dict.fromkeys(row.op for row in rows))
-    palette = itertools.cycle(("#4C78A8", "#72B7B2", "#54A24B", "#9D755D", "#B279A2", "#7F7F7F", "#EECA3B"))
-    others = dict.fromkeys(row.provider for row in rows if not row.ours and row.p50_ms)
-    colours = dict(zip(others, palette, strict=False))
+    colours = provider_colours(rows)
     for what, label, value in charts:
         figure = Figure(figsize=(4.2 * len(ops), 3.6), layout="constrained")
         for panel, op in zip(figure.subplots(1, len(ops), squeeze=False).flat, ops, strict=True):
@@ -188,7 +186,7 @@ def _panel(panel: Any, rows: list[Row], value: Callable[[Row], float | None], co
     for name in dict.fromkeys(row.provider for row in rows):
         own = [row for row in rows if row.provider == name]
         points = sorted((int(row.shape.partition(", ")[0].split()[1]), value(row)) for row in own)
-        style = {"color": "#D55E00", "linewidth": 2.4} if own[0].ours else {"color": colours[name], "linewidth": 1.2}
+        style = {"color": colours[name], "linewidth": 2.4 if own[0].ours else 1.2}
         panel.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, **style)
     panel.set_title(f"{rows[0].op}, {sizes}, {rows[0].dtype}", loc="left", fontsize=9.5)
     panel.set_xscale("log", base=2)
